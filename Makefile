@@ -1,0 +1,39 @@
+# Two commands serve a newcomer: `make tune` does the main job, `make test` proves the house stands.
+PYTHON ?= python3.11
+# The plain index build of torch may carry gigabytes of CUDA; a machine's own index decides. Name another build with TORCH=...
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+MARKS ?= not slow and not slurm and not gpu
+
+.PHONY: help setup tune test lint clean
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)
+
+## make setup   a virtual environment in .venv with everything dstrain needs (done once)
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[test]"
+	$(BIN)/python -m dstrain.engine
+	@touch $@
+
+## make tune    sets up and runs the LSH search on text that is already on this machine
+tune: setup
+	$(BIN)/python -m dstrain.tune search_spaces/lsh.yaml
+
+## make test    sets up and runs the tests that take seconds (MARKS="slow or slurm" for others)
+test: setup lint
+	$(BIN)/python -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
+
+## make lint    ruff and mypy
+lint: setup
+	$(BIN)/ruff check dstrain tests benchmarks
+	$(BIN)/mypy --no-error-summary
+
+## make clean   removes the virtual environment and what tools left behind (never runs/)
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage*

@@ -1,0 +1,342 @@
+"""The only module that says `deepspeed`: joining the ranks, and one engine per stage that steps, saves and loads.
+
+    ranks = join_ranks()                      # torchrun, deepspeed, srun, a Ray trial or plain python
+    engine = Engine(task, optimizer, plan, ranks)
+    loss_sum, evidence = engine(batch)
+    engine.backward(loss)                     # once per micro-batch
+    engine.step(lr_factor)                    # once per micro-batch too; the weights move at the last one
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dstrain.schema import UserError
+
+# ------------------------------------------------------------------------------------------------- the ranks
+
+
+@dataclass(frozen=True)
+class Place:
+    """Who this process is among its peers, before any of them was met."""
+
+    rank: int
+    world: int
+    local_rank: int
+    address: str
+    port: int
+    launcher: str
+
+
+def find_place(environ: Mapping[str, str]) -> Place:
+    """Reads the launcher's variables: RANK (deepspeed, torchrun, a Ray trial), a step of srun, or neither.
+
+    A process inside `sbatch` that srun did not start is one rank, whatever the job's size: only a step has
+    SLURM_STEP_NUM_TASKS.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return Place(
+            int(environ["RANK"]),
+            int(environ["WORLD_SIZE"]),
+            int(environ.get("LOCAL_RANK", "0")),
+            environ.get("MASTER_ADDR", "127.0.0.1"),
+            int(environ.get("MASTER_PORT", "29500")),
+            "launcher",
+        )
+    if int(environ.get("SLURM_STEP_NUM_TASKS", "0")) > 1:
+        job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", "0"))
+        return Place(
+            int(environ["SLURM_PROCID"]),
+            int(environ["SLURM_STEP_NUM_TASKS"]),
+            int(environ["SLURM_LOCALID"]),
+            environ.get("MASTER_ADDR") or _first_host(environ),
+            int(environ.get("MASTER_PORT") or 20_000 + (job * 7 + step) % 20_000),  # every rank derives the same port
+            "srun",
+        )
+    return Place(0, 1, 0, "127.0.0.1", free_port(), "plain python")
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    if environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
+        return "127.0.0.1"
+    listed = subprocess.run(
+        ["scontrol", "show", "hostnames", environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+    )
+    return listed.stdout.split()[0]
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one run, seen from one of them."""
+
+    rank: int
+    world: int
+    device: torch.device
+    launcher: str
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds a tensor up over the ranks, in place; every rank has the same afterwards."""
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value (plain data) on every rank."""
+        if self.world == 1:
+            return value
+        holder = [json.dumps(value)]
+        torch.distributed.broadcast_object_list(holder)
+        return json.loads(holder[0])
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[bool]:
+        """`with ranks.first() as mine: if mine: ...`: rank 0 works, the others wait; its UserError is raised on all."""
+        problem = None
+        try:
+            yield self.rank == 0
+        except UserError as error:
+            problem = str(error)
+        problem = self.agree(problem)
+        if problem is not None:
+            raise UserError(problem)
+
+
+def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
+    """Meets the other ranks (NCCL on GPUs, gloo on CPUs) and picks this rank's device.
+
+    Raises UserError when there are more ranks on this machine than GPUs.
+    """
+    place = find_place(os.environ)
+    cuda = torch.cuda.is_available()
+    if cuda and place.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {place.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
+            "start as many ranks as there are GPUs, or look at CUDA_VISIBLE_DEVICES"
+        )
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed guesses, and says so
+    os.environ.update(
+        RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank),
+        MASTER_ADDR=place.address, MASTER_PORT=str(place.port),
+    )  # fmt: skip
+    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        _deepspeed().init_distributed(
+            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )  # fmt: skip
+    return Ranks(place.rank, place.world, device, place.launcher)
+
+
+def leave_ranks() -> None:
+    """Ends the process group, so that the interpreter can exit without complaint."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed, imported late (it takes seconds) and with its chatter kept to warnings."""
+    # The op is compiled with the ninja of this environment, which is not on PATH when nobody activated it.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+# ------------------------------------------------------------------------------------------------ the engine
+
+
+class Engine:
+    """A DeepSpeed engine around one stage's task. It lives as long as the stage; no other run ever uses it again."""
+
+    def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer, plan: dict[str, Any], ranks: Ranks) -> None:
+        """`plan` is what `ds_plan.resolve` returned; `task(batch)` returns (loss_sum, evidence)."""
+        deepspeed = _deepspeed()
+        self.ranks = ranks
+        with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
+            self._ds, *_ = deepspeed.initialize(model=task.to(ranks.device), optimizer=optimizer, config=plan)
+        self._ds.checkpoint_engine = _safe_checkpoint_engine(self._ds.checkpoint_engine)
+        self._stage = plan["zero_optimization"]["stage"]
+        self._names = [name for name, _ in task.named_parameters()]
+
+    @property
+    def task(self) -> nn.Module:
+        """The module that was given, now in the plan's precision (and partitioned, under ZeRO-3)."""
+        return self._ds.module
+
+    def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Forward pass of one micro-batch: (summed loss () float32, the objective's evidence)."""
+        return self._ds(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradient of `loss`, which the caller has already divided by the whole step's weight.
+
+        DeepSpeed averages over the ranks, so the loss is multiplied by their number: the ranks' gradients add up to
+        the gradient of the global mean. `scale_wrt_gas=False` leaves accumulation to the same arithmetic.
+        """
+        self._ds.backward(loss * self.ranks.world, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        """Counts a micro-batch; at the last one of a step, clips, updates with learning rate `lr` and zeroes gradients."""
+        if self._ds.is_gradient_accumulation_boundary():
+            for group in self._ds.optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+        self._ds.step()
+
+    def set_group_scale(self, name: str, scale: float) -> None:
+        """Multiplies the learning rate of the parameter groups called `name` (0 holds them still)."""
+        for group in self._ds.optimizer.param_groups:
+            if group.get("name") == name:
+                group["lr_scale"] = scale
+
+    def restart_moments(self, name: str) -> None:
+        """Makes AdamW forget its step count for the groups called `name`, whose moments are still zero.
+
+        ZeRO keeps one flat state for a whole group and counts its steps even while every gradient is zero. Without
+        this the bias correction would be missing, and a thawed layer's first updates three times too large.
+        """
+        wrapper = self._ds.optimizer
+        inner = getattr(wrapper, "optimizer", wrapper)
+        if self._stage == 3:
+            group_of = wrapper.sub_group_to_group_id
+            masters = [
+                master
+                for number, master in enumerate(wrapper.fp32_partitioned_groups_flat)
+                if inner.param_groups[group_of[number]].get("name") == name
+            ]
+        else:
+            masters = [master for group in inner.param_groups if group.get("name") == name for master in group["params"]]
+        for master in masters:
+            state = inner.state.get(master, {})
+            if "step" in state:
+                state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient before clipping."""
+        norm = self._ds.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16's current loss scale; 1 in other precisions."""
+        return float(getattr(self._ds.optimizer, "cur_scale", 1.0) or 1.0)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that fp16 left out because a gradient overflowed."""
+        return int(self._ds.skipped_steps)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full fp32 weights on the CPU, by the task's own names: the optimizer's master copies where there are any.
+
+        Collective: every rank calls it (ZeRO-3 gathers), every rank gets it.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._ds.module.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            state[name] = (parameter if full is None else full).detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, buffer in self._ds.module.named_buffers():
+            if name in self._persistent_buffers():
+                state[name] = buffer.detach().to("cpu", copy=True).contiguous()
+        return state
+
+    def _persistent_buffers(self) -> set[str]:
+        # state_dict() leaves out non-persistent buffers; it is cheap here because it only makes views
+        return set(self._ds.module.state_dict()) - set(self._names)
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Writes everything a resume needs to `folder`: under another name first, then renamed. Collective."""
+        draft = folder.with_name(folder.name + ".draft")
+        with self.ranks.first() as mine:
+            if mine:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.parent.mkdir(parents=True, exist_ok=True)
+        self._ds.save_checkpoint(str(draft), tag="engine", client_state={"progress": json.dumps(state)}, save_latest=False)
+        with self.ranks.first() as mine:
+            if mine:
+                shutil.rmtree(folder, ignore_errors=True)
+                draft.rename(folder)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restores what `save` wrote and returns its state. Collective. Raises UserError when it can't be read."""
+        try:
+            path, client = self._ds.load_checkpoint(str(folder), tag="engine", load_module_strict=True)
+        except Exception as error:
+            raise UserError(f"{folder}: this checkpoint cannot be read ({error}); remove the folder to use an older one") from error
+        if path is None:
+            raise UserError(f"{folder}: holds no checkpoint for {self.ranks.world} ranks; start with as many ranks as before")
+        return dict(json.loads(client["progress"]))
+
+    def close(self) -> None:
+        """Frees the optimizer's hooks and buffers."""
+        self._ds.destroy()
+
+
+def _safe_checkpoint_engine(engine: Any) -> Any:
+    """The same checkpoint engine, reading with an allow-list: a checkpoint may have come from somebody else."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
+
+    torch.serialization.add_safe_globals(
+        [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, tensor_fragment]
+    )
+
+    class Allowing(type(engine)):  # type: ignore[misc]
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.__class__ = Allowing
+    return engine
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory this rank has held, in GB: the GPU allocator's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    # `make setup` calls this: DeepSpeed compiles its communication op on the first start on a machine.
+    join_ranks()
+    leave_ranks()
+    print("DeepSpeed is ready")

@@ -1,0 +1,408 @@
+"""One stage: take a step, report, evaluate, save, stop when told. No logging library, no `deepspeed`, no rank test.
+
+A stage is data (StageSettings); `fit` is the only loop there is, whatever the objective.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import model_validator
+
+from dstrain.data.batches import EpochPlan, epoch_plan, evaluation_plan
+from dstrain.data.cache import Corpus, TokenSplit
+from dstrain.data.corpora import CorpusSettings
+from dstrain.engine import Engine, Ranks, peak_memory_gb
+from dstrain.metrics import Tally
+from dstrain.objective import Objective, ObjectiveSettings, Task
+from dstrain.optim import OptimSettings, lr_factor
+from dstrain.packed import Batch
+from dstrain.readings import Reading, Report
+from dstrain.schema import Settings, setting
+
+
+class StageSettings(Settings):
+    """One stage of training: what is asked (objective), of which text (corpus), for how long (epochs or steps)."""
+
+    objective: ObjectiveSettings
+    """What the model learns: mlm (masked words) or classify."""
+    corpus: CorpusSettings
+    """The text."""
+    starts_from: str = "previous"
+    """Where the encoder's weights come from: previous (stage), scratch, or the folder of a finished run."""
+    max_length: int = setting(512, ge=8, unit="tokens")
+    """Longer documents are truncated, or split into windows of this length (see corpus.long_documents)."""
+    tokens_per_batch: int = setting(32_768, ge=8, unit="tokens")
+    """Real tokens of a micro-batch at most; nothing is padded, so this is what decides memory."""
+    accumulation: int = setting(1, ge=1, unit="micro-batches")
+    """Micro-batches per rank and optimizer step."""
+    epochs: int = setting(1, ge=1)
+    """Passes over the corpus; not used when steps is given."""
+    steps: int | None = setting(None, ge=1, unit="optimizer steps")
+    """Ends the stage after this many steps instead."""
+    optim: OptimSettings = OptimSettings()
+    """Optimizer, schedule and clipping."""
+    num_frozen_layers: int = setting(0, ge=0)
+    """The embeddings and this many first layers hold still until thaw_at (0: nothing is frozen)."""
+    thaw_at: float = setting(0.5, ge=0, le=1, unit="share of the stage")
+    """When frozen layers start to learn."""
+    evaluate_every: float = setting(1.0, gt=0, unit="epochs")
+    """Distance between evaluations on the validation split; 0.25 is four times an epoch."""
+    evaluate_every_steps: int | None = setting(None, ge=1, unit="optimizer steps")
+    """The same in steps; wins over evaluate_every."""
+    metric: str | None = None
+    """What decides which weights are kept; by default loss for mlm and f1_macro for classify."""
+    mode: Literal["min", "max"] | None = None
+    """Whether a small or a large metric is good; by default what suits the metric."""
+    patience: int | None = setting(None, ge=1, unit="evaluations")
+    """Stops after this many evaluations without a better metric; null never stops early."""
+    min_delta: float = setting(0.0, ge=0)
+    """An evaluation is better when it wins by more than this."""
+    report_every: int = setting(10, ge=1, unit="optimizer steps")
+    """Distance between progress lines."""
+    checkpoint_every: int | None = setting(None, ge=1, unit="optimizer steps")
+    """Distance between checkpoints to resume from; by default one after every evaluation."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> StageSettings:
+        if self.max_length > self.tokens_per_batch:
+            raise ValueError(
+                f"max_length {self.max_length} is more than tokens_per_batch {self.tokens_per_batch}: one document would "
+                "not fit in a micro-batch; lower the one or raise the other"
+            )
+        return self
+
+    @property
+    def selection(self) -> tuple[str, str]:
+        """The metric that decides, and whether `max` or `min` of it is best."""
+        metric, mode = self.objective.selection
+        if self.metric and self.metric != metric:
+            metric, mode = self.metric, "min" if self.metric in ("loss", "perplexity") else "max"
+        return metric, self.mode or mode
+
+
+# ----------------------------------------------------------------------------------------- the order of the data
+
+
+class Due(NamedTuple):
+    """What follows an optimizer step."""
+
+    report: bool
+    evaluation: bool
+    checkpoint: bool
+    end: bool
+
+
+class Course:
+    """Which documents make up each optimizer step of a stage: a pure function of (lengths, settings, seed, group).
+
+    `group` = ranks x accumulation. Micro-batch `place` of a step is the same documents however the group is shared
+    out, so 1 rank x 2 accumulations and 2 ranks x 1 see the same step.
+    """
+
+    def __init__(self, lengths: np.ndarray, stage: StageSettings, seed: int, group: int) -> None:
+        self._lengths, self._stage, self._seed, self._group = lengths, stage, seed, group
+        self._last: tuple[int, EpochPlan] | None = None
+        self._first_steps = [0]
+        self.left_out = 0
+        while not self._complete():
+            plan = self.plan(len(self._first_steps) - 1)
+            self.left_out += len(plan.left_out)
+            self._first_steps.append(self._first_steps[-1] + plan.steps)
+
+    def _complete(self) -> bool:
+        if self._stage.steps is not None:
+            return self._first_steps[-1] >= self._stage.steps
+        return len(self._first_steps) > self._stage.epochs
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self._stage.steps or self._first_steps[-1]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of the first epoch; later ones differ by a step or two at most."""
+        return self._first_steps[1]
+
+    @property
+    def thaw_step(self) -> int:
+        """The first step in which frozen layers learn."""
+        return math.floor(self.total_steps * self._stage.thaw_at) if self._stage.num_frozen_layers else 0
+
+    @property
+    def evaluation_distance(self) -> int:
+        """Optimizer steps between evaluations."""
+        return self._stage.evaluate_every_steps or max(1, round(self._stage.evaluate_every * self.steps_per_epoch))
+
+    def due(self, step: int) -> Due:
+        """What is to be done once `step` steps are taken. A report goes before everything else: it empties the sums."""
+        end = step == self.total_steps
+        evaluation = end or step % self.evaluation_distance == 0
+        checkpoint = step % (self._stage.checkpoint_every or self.evaluation_distance) == 0
+        return Due(evaluation or checkpoint or step % self._stage.report_every == 0, evaluation, checkpoint, end)
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The micro-batches of one epoch (the last one asked for is kept)."""
+        if self._last is None or self._last[0] != epoch:
+            plan = epoch_plan(self._lengths, self._stage.tokens_per_batch, self._seed, epoch, self._group)
+            self._last = (epoch, plan)
+        return self._last[1]
+
+    def step(self, step: int) -> tuple[EpochPlan, int, int]:
+        """(plan of its epoch, that epoch, step within it) of an optimizer step of the stage."""
+        epoch = int(np.searchsorted(self._first_steps, step, side="right")) - 1
+        return self.plan(epoch), epoch, step - self._first_steps[epoch]
+
+
+@dataclass(frozen=True)
+class Mine:
+    """What one rank does in one optimizer step."""
+
+    step: int
+    batches: list[tuple[int, Batch, np.ndarray]]
+    """(place in the step, the micro-batch, which document each of its sequences belongs to)."""
+    tokens: int
+    """Real tokens of the whole step, over all ranks."""
+
+
+def prepared(course: Course, split: TokenSplit, objective: Objective, ranks: Ranks, steps: range) -> Iterator[Mine]:
+    """This rank's share of each step, made one step ahead in a thread so that the device never waits for the host."""
+
+    def prepare(step: int) -> Mine:
+        plan, epoch, inner = course.step(step)
+        tokens = sum(int(split.lengths[piece.sequences_N].sum()) for piece in plan.of_rank(inner, 0, 1))
+        batches = [
+            (piece.micro_batch, objective.batch(split, piece.sequences_N, epoch), split.document[piece.sequences_N])
+            for piece in plan.of_rank(inner, ranks.rank, ranks.world)
+        ]
+        return Mine(step, batches, tokens)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
+        following = ahead.submit(prepare, steps.start) if steps else None
+        for step in steps:
+            assert following is not None
+            current = following.result()
+            following = ahead.submit(prepare, step + 1) if step + 1 < steps.stop else None
+            yield current
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a stage is; with the engine's own state, all that a resume needs."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0
+    stopped: str = ""
+    """Why the stage ended; empty while it runs."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved, and may go on later."""
+
+
+class Diverged(Exception):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a stage stands in its run: its name and folder, its first run-wide step, and the seed of all its draws."""
+
+    name: str
+    folder: Path
+    first_step: int
+    seed: int
+
+
+def fit(
+    engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, site: Site, report: Report,
+    stop: threading.Event | None = None,
+) -> Progress:  # fmt: skip
+    """Trains one stage to its end, from its checkpoint where there is one.
+
+    Leaves `best.safetensors` (the weights that the selection metric chose; the last ones without a validation split)
+    in the stage's folder. Raises Interrupted after saving when `stop` is set, Diverged when the loss is not a number.
+    """
+    ranks, split, checkpoint = engine.ranks, corpus.splits["train"], site.folder / "checkpoint"
+    course = Course(split.lengths, stage, site.seed, ranks.world * stage.accumulation)
+    progress = Progress(**engine.load(checkpoint)) if checkpoint.exists() else Progress()
+    meter = Meter(site.name, course, objective, engine, stage, progress)
+    hold_still(engine, stage, frozen=progress.step < course.thaw_step)
+    for mine in prepared(course, split, objective, ranks, range(progress.step, course.total_steps)):
+        if mine.step == course.thaw_step and course.thaw_step:
+            hold_still(engine, stage, frozen=False)
+            engine.restart_moments("frozen")
+        take_step(engine, mine, meter, lr_factor(mine.step, course.total_steps, stage.optim) * stage.optim.lr, site)
+        progress = replace(progress, step=mine.step + 1, tokens=progress.tokens + mine.tokens)
+        due = course.due(progress.step)
+        asked = stop is not None and stop.is_set() and (due.report or ranks.world == 1)
+        if due.report or asked:  # ranks may only act together, and reports are where they meet
+            progress = meter.report(progress, report)
+            asked = bool(ranks.agree(asked))
+        with meter.paused():
+            if due.evaluation:
+                progress = judge(engine, objective, corpus, stage, site, progress, course.total_steps, report)
+            if progress.stopped or due.end:
+                return replace(progress, stopped=progress.stopped or "finished")
+            if asked or due.checkpoint:
+                engine.save(checkpoint, asdict(progress))
+            if asked:
+                raise Interrupted(f"saved {site.name} at step {progress.step}")
+    return replace(progress, stopped="finished")  # resumed after its last step
+
+
+def take_step(engine: Engine, mine: Mine, meter: Meter, lr: float, site: Site) -> None:
+    """One optimizer step: the gradient of the mean over all terms of all micro-batches of all ranks."""
+    terms = torch.tensor([sum(batch.weight for _, batch, _ in mine.batches)], dtype=torch.float32)
+    weight = engine.ranks.sum(terms.to(engine.ranks.device)).clamp_min_(1.0)
+    task: Any = engine.task
+    for number, batch, documents in mine.batches:
+        task.set_step(site.first_step + mine.step, number)
+        on_device = batch.to(engine.ranks.device)
+        loss_sum, evidence = engine(on_device)
+        engine.backward(loss_sum / weight[0])
+        engine.step(lr)
+        meter.tally.add(on_device, loss_sum, evidence, documents)
+    meter.lr = lr
+
+
+def hold_still(engine: Engine, stage: StageSettings, frozen: bool) -> None:
+    """Freezes or thaws the embeddings and first layers: no backward pass through them, and no learning rate."""
+    task: Any = engine.task
+    task.encoder.frozen_layers = stage.num_frozen_layers if frozen else 0
+    engine.set_group_scale("frozen", 0.0 if frozen else 1.0)
+
+
+def judge(
+    engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, site: Site, progress: Progress,
+    total_steps: int, report: Report,
+) -> Progress:  # fmt: skip
+    """Evaluates on the validation split, keeps the weights when they are the best so far, counts patience."""
+    best_file = site.folder / "best.safetensors"
+    if "valid" not in corpus.splits:
+        keep(engine, best_file)
+        return progress
+    figures = evaluate(engine, objective, corpus.splits["valid"], stage.tokens_per_batch, engine.ranks)
+    metric, mode = stage.selection
+    value = figures[metric]
+    better = progress.best is None or (value > progress.best + stage.min_delta if mode == "max" else value < progress.best - stage.min_delta)
+    if better and not math.isnan(value):
+        keep(engine, best_file)
+        progress = replace(progress, best=value, best_step=progress.step, stale=0)
+    else:
+        progress = replace(progress, stale=progress.stale + 1)
+    report(Reading(site.name, "valid", progress.step, total_steps, progress.tokens, progress.seconds, figures))
+    if stage.patience and progress.stale >= stage.patience:
+        reason = f"no better {metric} in {stage.patience} evaluations (best {progress.best:.4g} at step {progress.best_step})"
+        progress = replace(progress, stopped=reason)
+    return progress
+
+
+def keep(engine: Engine, file: Path) -> None:
+    """Writes the full fp32 weights, whole or not at all."""
+    from safetensors.torch import save_file
+
+    weights = engine.weights()
+    with engine.ranks.first() as mine:
+        if mine:
+            draft = file.with_suffix(".draft")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(weights, draft)
+            draft.rename(file)
+
+
+Forward = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Engine | Task, objective: Objective, split: TokenSplit, tokens_per_batch: int, ranks: Ranks
+) -> dict[str, float]:
+    """Figures over a whole split, the same on every rank: fixed masks, no dropout, each sequence counted once.
+
+    `forward` is the engine while training, or a bare task afterwards.
+    """
+    module: Any = forward.task if isinstance(forward, Engine) else forward
+    was_training = module.training
+    module.eval()
+    tally = objective.tally(split, ranks.device)
+    # Every rank does the same number of forward passes (ZeRO-3 gathers in each); repeats are not counted.
+    for _, rows, counted in evaluation_plan(split.lengths, tokens_per_batch, ranks.world).of_rank(ranks.rank):
+        batch = objective.batch(split, rows, epoch=-1).to(ranks.device)
+        loss_sum, evidence = forward(batch)
+        if counted:
+            tally.add(batch, loss_sum, evidence, split.document[rows])
+    ranks.sum(tally.sums)
+    module.train(was_training)
+    return tally.figures()
+
+
+class Meter:
+    """Times and counts training between two reports; evaluations and checkpoints are not training time."""
+
+    def __init__(
+        self, name: str, course: Course, objective: Objective, engine: Engine, stage: StageSettings, progress: Progress
+    ) -> None:
+        self._name, self._course, self._objective, self._engine, self._stage = name, course, objective, engine, stage
+        self.lr = 0.0
+        self._start(progress)
+
+    def _start(self, progress: Progress) -> None:
+        self._reported = progress
+        self.tally: Tally = self._objective.running_tally(self._engine.ranks.device)
+        self._seconds = 0.0
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock: what happens inside is not training."""
+        self._seconds += time.perf_counter() - self._since
+        yield
+        self._since = time.perf_counter()
+
+    def report(self, progress: Progress, report: Report) -> Progress:
+        """Sends a reading of everything since the last one; raises Diverged when the loss is not a number."""
+        engine, before = self._engine, self._reported
+        engine.ranks.sum(self.tally.sums)
+        figures = self.tally.figures()  # waits for the device, so the clock below is honest
+        seconds = max(self._seconds + time.perf_counter() - self._since, 1e-9)
+        tokens, steps = progress.tokens - before.tokens, progress.step - before.step
+        progress = replace(progress, seconds=progress.seconds + seconds)
+        budget = steps * engine.ranks.world * self._stage.accumulation * self._stage.tokens_per_batch
+        figures |= {
+            "lr": self.lr,
+            "grad_norm": engine.grad_norm,
+            "tokens_per_second": tokens / seconds,
+            "useful_share": tokens / budget,
+            "peak_memory_gb": peak_memory_gb(engine.ranks.device),
+        }
+        if engine.loss_scale != 1.0 or engine.skipped_steps:
+            figures |= {"loss_scale": engine.loss_scale, "skipped_steps": float(engine.skipped_steps)}
+        self._start(progress)
+        report(
+            Reading(self._name, "train", progress.step, self._course.total_steps, progress.tokens, progress.seconds, figures)
+        )
+        if math.isnan(figures["loss"]) and not engine.skipped_steps:
+            raise Diverged(
+                f"{self._name}: the loss is not a number at step {progress.step}; lower stages.{self._name}.optim.lr "
+                f"({self._stage.optim.lr:g}), lengthen its warmup, or train in fp32"
+            )
+        return progress

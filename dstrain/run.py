@@ -1,0 +1,306 @@
+"""run(): the one composition every door calls. Stages in order, weights handed on, the test split read once."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstrain.data.cache import Corpus, cache_home, open_corpus, open_vocabulary
+from dstrain.data.vocabulary import Vocabulary
+from dstrain.ds_plan import Facts, read_plan, resolve
+from dstrain.engine import Engine, Ranks
+from dstrain.evidence import collect
+from dstrain.loop import Course, Progress, Site, StageSettings, evaluate, fit
+from dstrain.model.encoder import Encoder
+from dstrain.objective import Objective, Task
+from dstrain.optim import build_optimizer, parameter_groups
+from dstrain.precision import Precision, choose
+from dstrain.readings import Reading, Report
+from dstrain.schema import UserError, dump_yaml
+from dstrain.settings import ROOT, RunSettings, plain
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: why each stage ended, its best selection metric, and the test figures of the last stage."""
+
+    stopped: dict[str, str] = field(default_factory=dict)
+    best: dict[str, float | None] = field(default_factory=dict)
+    test: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told what while a run works."""
+
+    report: Report
+    say: Say
+    tag: Callable[[dict[str, str]], None]
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
+    """Trains every stage of a run, or goes on where its folder says it was, and reads the test split once.
+
+    The door has claimed the folder. Raises UserError for what only now shows (data, weights), Interrupted after saving,
+    Diverged.
+    """
+    folder = settings.folder
+    precision = choose(settings.precision, ranks.device)
+    if (folder / "outcome.json").exists():
+        watch.say(f"{folder}: already finished")
+        return Outcome(**json.loads((folder / "outcome.json").read_text()))
+    vocabulary = run_vocabulary(settings, watch.say)
+    with ranks.first() as mine:
+        if mine:
+            leave_evidence(settings, vocabulary, ranks)
+    outcome, first_step, weights, task = Outcome(), 0, None, None
+    for name, stage in settings.stages.items():
+        corpus = stage_corpus(stage, vocabulary, watch.say)
+        objective = stage.objective.build(corpus, vocabulary, settings.encoder, settings.seed)
+        task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective)
+        site = Site(name, folder / "stages" / name, first_step, settings.seed)
+        inherit(task, starting_weights(stage, weights), watch.say, site.name)
+        if first_step == 0:
+            watch.tag(facts(task, precision, ranks))
+            watch.say(f"{precision.reason}; attention: {task.encoder.kernel}")
+        progress = finished(site) or train(settings, stage, task, objective, corpus, site, precision, ranks, watch)
+        weights = read_weights(site.folder / "best.safetensors")
+        first_step += progress.step
+        outcome.stopped[name], outcome.best[name] = progress.stopped, progress.best
+    assert task is not None and weights is not None
+    if "test" in corpus.splits:
+        task.load_state_dict(weights)
+        task.to(ranks.device, precision.dtype)
+        figures = evaluate(task, objective, corpus.splits["test"], stage.tokens_per_batch, ranks)
+        outcome.test.update(figures)
+        watch.report(Reading(name, "test", progress.step, progress.step, progress.tokens, progress.seconds, figures))
+    with ranks.first() as mine:
+        if mine:
+            write_whole(folder / "outcome.json", json.dumps(asdict(outcome), indent=1))
+    return outcome
+
+
+def train(
+    settings: RunSettings, stage: StageSettings, task: Task, objective: Objective, corpus: Corpus, site: Site,
+    precision: Precision, ranks: Ranks, watch: Watch,
+) -> Progress:  # fmt: skip
+    """One stage on a DeepSpeed engine of its own."""
+    plan = stage_plan(settings, stage, precision, ranks)
+    with ranks.first() as mine:
+        if mine:
+            write_whole(site.folder / "ds_config.json", json.dumps(plan, indent=1))
+    for note in corpus.notes:
+        watch.say(f"{site.name}: {note}")
+    engine = Engine(task, build_optimizer(groups(task, stage), stage.optim, ranks.device), plan, ranks)
+    try:
+        progress = fit(engine, objective, corpus, stage, site, watch.report, watch.stop)
+    finally:
+        engine.close()
+    with ranks.first() as mine:
+        if mine:
+            write_whole(site.folder / "done.json", json.dumps(asdict(progress)))
+    return progress
+
+
+def stage_plan(settings: RunSettings, stage: StageSettings, precision: Precision, ranks: Ranks) -> dict[str, Any]:
+    """The DeepSpeed JSON of a stage with every "auto" filled. Raises UserError with all that is wrong in the file."""
+    source = settings.deepspeed_path
+    stage_facts = Facts(
+        accumulation=stage.accumulation, world=ranks.world, clip_norm=stage.optim.clip_norm, precision=precision.name,
+        loss_scale=settings.loss_scale, hidden_size=settings.encoder.hidden_size, device=ranks.device.type,
+    )  # fmt: skip
+    return resolve(read_plan(source), stage_facts, str(source))
+
+
+def groups(task: Task, stage: StageSettings) -> list[dict[str, Any]]:
+    """Parameter groups, those that stage.num_frozen_layers holds still apart, so that they can thaw together."""
+    frozen = {id(parameter) for parameter in task.encoder.first_parameters(stage.num_frozen_layers)}
+    named = list(task.named_parameters())
+    parts = {
+        "frozen": [(name, parameter) for name, parameter in named if id(parameter) in frozen],
+        "free": [(name, parameter) for name, parameter in named if id(parameter) not in frozen],
+    }
+    return [
+        {**group, "name": part}
+        for part, members in parts.items()
+        if members
+        for group in parameter_groups(members, stage.optim.weight_decay)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- text
+
+
+def run_vocabulary(settings: RunSettings, say: Say) -> Vocabulary:
+    """The run's vocabulary: loaded, or trained on the training text of the first stage."""
+    first = next(iter(settings.stages.values()))
+    return open_vocabulary(settings.vocabulary, first.corpus, cache_home(), say)
+
+
+def stage_corpus(stage: StageSettings, vocabulary: Vocabulary, say: Say) -> Corpus:
+    """A stage's text, tokenised once for all runs on this machine."""
+    return open_corpus(stage.corpus, vocabulary, stage.max_length, cache_home(), say)
+
+
+# ----------------------------------------------------------------------------------------------- weights
+
+
+def starting_weights(stage: StageSettings, previous: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The weights a stage begins with: the previous stage's, a finished run's, or none (scratch)."""
+    if stage.starts_from == "scratch":
+        return None
+    if stage.starts_from == "previous":
+        return previous
+    folder = Path(stage.starts_from)
+    finished = [json_file.parent for json_file in folder.glob("stages/*/done.json")]
+    if not finished:
+        raise UserError(f"starts_from: {folder} holds no finished stage; give the folder of a run, such as runs/NAME")
+    newest = max(finished, key=lambda stage_folder: (stage_folder / "done.json").stat().st_mtime_ns)
+    return read_weights(newest / "best.safetensors")
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Weights by name, on the CPU."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read as weights ({error}); train the stage again or restore the file") from None
+
+
+def inherit(task: Task, weights: dict[str, Tensor] | None, say: Say, stage: str) -> None:
+    """Gives a task the weights of another: the encoder strictly; the head where it is the same kind of head."""
+    if weights is None:
+        return
+    own = task.state_dict()
+    encoder = {name for name in own if name.startswith("encoder.")}
+    given = {name for name in weights if name.startswith("encoder.")}
+    unlike = [f"{name} {tuple(own[name].shape)} != {tuple(weights[name].shape)}" for name in sorted(encoder & given) if own[name].shape != weights[name].shape]
+    problems = [f"missing {name}" for name in sorted(encoder - given)] + [f"unknown {name}" for name in sorted(given - encoder)] + unlike
+    if problems:
+        shown = ", ".join(problems[:4]) + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise UserError(f"stages.{stage}.starts_from: those weights are of another encoder ({shown}); give it the same encoder settings, or starts_from: scratch")
+    head = {name for name in own if not name.startswith("encoder.")}
+    same_head = all(name in weights and weights[name].shape == own[name].shape for name in head)
+    taken = encoder | (head if same_head else set())
+    task.load_state_dict({name: weights[name] if name in taken else own[name] for name in own})
+    say(f"{stage}: starts from the previous weights, {'with their head' if same_head else 'with a new head'}")
+
+
+# ----------------------------------------------------------------------------------------------- the folder
+
+
+def claim(settings: RunSettings) -> None:
+    """Makes the run folder, or checks that the one there belongs to a run with these very settings."""
+    file = settings.folder / "settings.yaml"
+    wanted = dump_yaml({"base": plain(settings)})
+    if not file.exists():
+        write_whole(file, wanted)
+        return
+    there = file.read_text(encoding="utf-8")
+    if there != wanted:
+        import difflib
+
+        changes = [line for line in difflib.unified_diff(there.splitlines(), wanted.splitlines(), lineterm="", n=0) if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+        raise UserError(
+            f"{settings.folder}: holds a run with other settings ({'; '.join(' '.join(line.split()) for line in changes[:6])}); "
+            "give this one another name=..., or start over with --resume never"
+        )
+
+
+def set_aside(folder: Path) -> None:
+    """Renames a run folder out of the way: starting over loses nothing."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+        number += 1
+    if folder.exists():
+        folder.rename(aside)
+
+
+def leave_evidence(settings: RunSettings, vocabulary: Vocabulary, ranks: Ranks) -> None:
+    """What made the run: code, environment, vocabulary."""
+    collect(ROOT, device=device_name(ranks), world_size=ranks.world).write(settings.folder)
+    vocabulary.save(settings.folder / "vocabulary")
+
+
+def run_files(folder: Path) -> list[Path]:
+    """The small files of a run folder that are worth an artifact."""
+    patterns = ("settings.yaml", "environment.txt", "code.diff", "readings.jsonl", "failure.txt", "stages/*/ds_config.json")
+    return [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+
+
+def finished(site: Site) -> Progress | None:
+    """The end of a stage that an earlier start of this run completed."""
+    file = site.folder / "done.json"
+    return Progress(**json.loads(file.read_text())) if file.exists() else None
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(file.name + ".draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.rename(file)
+
+
+def device_name(ranks: Ranks) -> str:
+    """The GPU's model, or cpu."""
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+
+
+def facts(task: Task, precision: Precision, ranks: Ranks) -> dict[str, str]:
+    """Tags that say on what and how the run really ran."""
+    return {
+        "device": device_name(ranks),
+        "world_size": str(ranks.world),
+        "launcher": ranks.launcher,
+        "precision": precision.reason,
+        "attention_kernel": task.encoder.kernel,
+        "parameters": str(sum(parameter.numel() for parameter in task.parameters())),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- looking ahead
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What a stage will do, before it does it."""
+
+    name: str
+    documents: int
+    tokens_per_epoch: int
+    steps: int
+    parameters: int
+    plan: dict[str, Any]
+    notes: list[str]
+
+
+def forecast(settings: RunSettings, world: int, device: torch.device, say: Say) -> list[StageForecast]:
+    """Every stage's plan, parameters, tokens and steps. Tokenises what is not tokenised yet, trains nothing."""
+    ranks = Ranks(0, world, device, "dry run")
+    precision = choose(settings.precision, device)
+    vocabulary = run_vocabulary(settings, say)
+    found = []
+    for name, stage in settings.stages.items():
+        plan = stage_plan(settings, stage, precision, ranks)
+        corpus = stage_corpus(stage, vocabulary, say)
+        objective = stage.objective.build(corpus, vocabulary, settings.encoder, settings.seed)
+        task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective)
+        lengths = corpus.splits["train"].lengths
+        course = Course(lengths, stage, settings.seed, world * stage.accumulation)
+        parameters = sum(parameter.numel() for parameter in task.parameters())
+        found.append(StageForecast(name, len(lengths), int(lengths.sum()), course.total_steps, parameters, plan, corpus.notes))
+    return found

@@ -1,0 +1,219 @@
+"""Which trials a search stops early: asynchronous successive halving (Li et al. 2018, arXiv:1810.05934), stopping variant.
+
+A rung is a place on the way through the stage that owns the search's metric, as a share of that stage (its horizon).
+The first report at or past a rung enters the trial there; a trial goes on while it is among the best 1/eta of everything
+that has entered every rung it has passed. Nobody waits for anybody. Three things differ from the paper's pseudocode:
+
+- The best two of a rung always stay: with fewer than 2 * eta values the best 1/eta would be a single trial, and chance
+  decides which of two equals comes first.
+- Each report asks all rungs passed so far again. The first trials to arrive find a rung empty and pass it whatever they
+  are worth; they are stopped later, when it has filled.
+- The first rung (the grace) stands, unless the file says otherwise, at twice the warm-up, and where layers are frozen
+  a third of the way from the latest thaw of any trial to the end. Trials with frozen layers start behind and overtake
+  after the thaw: a rung before it throws the winner away, and a rung right after it is a coin toss.
+
+docs/search.md has the replay of published curves that these defaults rest on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, PlainValidator, model_validator
+
+from dstrain.schema import Settings, UserError, setting
+
+LEAST_GRACE = 0.1
+"""Share of the stage before which no default grace lies, however short the warm-up."""
+ALWAYS_KEPT = 2
+"""So many of a rung's best are never stopped."""
+_ROUNDING = 1e-9
+
+
+def _place(value: Any) -> int | float:
+    steps = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    share = isinstance(value, float) and 0 < value < 1
+    if not (steps or share):
+        raise ValueError(
+            f"{value!r} is neither a whole number of optimizer steps (1 or more) nor a share of the stage "
+            "(a number with a point, above 0.0 and below 1.0)"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+Place = Annotated[int | float, PlainValidator(_place)]
+"""Where a rung stands: a whole number counts optimizer steps, a number with a point is a share of the stage."""
+
+
+class AshaSettings(Settings):
+    """Asynchronous successive halving: trials that fall behind are stopped."""
+
+    kind: Literal["asha"] = "asha"
+    grace: Literal["auto"] | Place = Field("auto", union_mode="left_to_right")
+    """No trial is stopped before this: optimizer steps (an integer) or a share of the stage (0.5); auto is twice the
+    warm-up, and a third of the way from the latest thaw to the end where any trial freezes layers."""
+    eta: int = setting(3, ge=2, le=100)
+    """One in eta trials passes a rung, and each rung stands eta times as far as the one before."""
+    rungs: tuple[Place, ...] = ()
+    """Where the rungs stand instead of grace, grace * eta, grace * eta^2, ...; steps or shares, as for grace."""
+
+    @model_validator(mode="after")
+    def _said_once(self) -> AshaSettings:
+        if self.rungs and self.grace != "auto":
+            raise ValueError("has both grace and rungs; the first of the rungs is the grace, so leave grace out")
+        return self
+
+
+class NoSchedulerSettings(Settings):
+    """Every trial runs to its end."""
+
+    kind: Literal["none"] = "none"
+
+
+SchedulerSettings = Annotated[AshaSettings | NoSchedulerSettings, Field(discriminator="kind")]
+
+
+def default_grace(warmup: float, thaw: float) -> float:
+    """The first rung as a share of the stage, where nobody said otherwise.
+
+    `warmup` is the share of the stage that warms up, `thaw` the latest share at which any trial's layers thaw (0.0: no
+    trial freezes any).
+    """
+    return max(LEAST_GRACE, min(2 * warmup, (1 + warmup) / 2), thaw + (1 - thaw) / 3 if thaw else 0.0)
+
+
+def rung_places(settings: AshaSettings, warmup: float, thaw: float, horizon: int) -> tuple[float, ...]:
+    """Where the rungs stand, as ascending shares of the stage; `horizon` is the stage's length in optimizer steps.
+
+    Raises UserError for a rung at or past the end, which would stop nothing.
+    """
+    if settings.rungs:
+        places = sorted({_share("search.scheduler.rungs", place, horizon) for place in settings.rungs})
+        return tuple(places)
+    auto = settings.grace == "auto"
+    first = default_grace(warmup, thaw) if auto else _share("search.scheduler.grace", settings.grace, horizon)
+    count = math.ceil(math.log(1 / first, settings.eta) - _ROUNDING) if first < 1 else 0
+    return tuple(first * settings.eta**power for power in range(count))
+
+
+def _share(address: str, place: Any, horizon: int) -> float:
+    if isinstance(place, int) and place >= horizon:
+        raise UserError(
+            f"{address}: {place} steps, but the stage has {horizon}, so no trial would be stopped; "
+            "take a smaller number, a share such as 0.5, or scheduler: {kind: none}"
+        )
+    return place / horizon if isinstance(place, int) else float(place)
+
+
+def early_cut(settings: AshaSettings, warmup: float, thaw: float, horizon: int) -> str | None:
+    """The warning for a first rung that stands before the default one, with the numbers; None when there is none."""
+    first, default = rung_places(settings, warmup, thaw, horizon)[0], default_grace(warmup, thaw)
+    if first >= default - _ROUNDING:
+        return None
+    thawed = f" and the last frozen layers thaw at {thaw:.2f} (step {math.floor(thaw * horizon)})" if thaw else ""
+    return (
+        f"search.scheduler.{'rungs' if settings.rungs else 'grace'}: trials are stopped from {first:.2g} of the stage on "
+        f"(step {math.ceil(first * horizon - _ROUNDING)} of {horizon}), but warm-up ends at {warmup:.2g}{thawed}; trials that start "
+        f"behind overtake after that, so the winner may be thrown away; grace: auto waits until {default:.2f} "
+        f"(step {math.ceil(default * horizon - _ROUNDING)})"
+    )
+
+
+class Decision(NamedTuple):
+    """Whether a trial goes on, and why."""
+
+    keep: bool
+    reason: str
+
+
+class History(NamedTuple):
+    """What one trial has reported: (share of the stage, value of the metric), in order."""
+
+    trial_id: str
+    reports: Sequence[tuple[float, float]]
+
+
+class Rungs:
+    """The rungs of one search and who stands on them.
+
+    What stands on a rung depends only on the trials' reports, not on their order or on how often a report comes, so a
+    search that goes on after an interruption, and a trial that goes on from a checkpoint, find the rungs as they were.
+    """
+
+    def __init__(self, places: Sequence[float], eta: int, mode: Literal["min", "max"]) -> None:
+        """`places` are ascending shares of the stage (none of them: nothing is ever stopped)."""
+        assert list(places) == sorted(places)
+        self.places = tuple(places)
+        self._eta = eta
+        self._sign = 1.0 if mode == "max" else -1.0
+        self._scores: tuple[dict[str, float], ...] = tuple({} for _ in places)
+
+    def record(self, trial_id: str, progress: float, value: float) -> Decision:
+        """Takes in a report and decides. `progress` is the share of the trial's stage that is done, in (0, 1].
+
+        A value that is not a finite number ranks last and stops the trial at once; a trial at its end is never stopped.
+        """
+        if not self.places or progress >= 1 - _ROUNDING:
+            return Decision(True, "reached its end" if progress >= 1 - _ROUNDING else "nothing is stopped early")
+        self._enter(trial_id, progress, value)
+        if not math.isfinite(value):
+            return Decision(False, f"stopped at {progress:.2f} of the stage: the metric is {value}")
+        behind = [index for index, scores in enumerate(self._scores) if trial_id in scores and self._is_behind(trial_id, index)]
+        return Decision(False, self._why(trial_id, behind[0])) if behind else Decision(True, self._standing(trial_id))
+
+    def replay(self, history: Iterable[History]) -> None:
+        """Puts earlier reports back on their rungs, deciding nothing."""
+        for trial in history:
+            for progress, value in trial.reports:
+                if progress < 1 - _ROUNDING:
+                    self._enter(trial.trial_id, progress, value)
+
+    def state(self) -> list[dict[str, Any]]:
+        """The rungs as plain data: place, and value by trial (None for a value that was no number)."""
+        return [
+            {"place": place, "values": {trial: self._sign * score if math.isfinite(score) else None for trial, score in sorted(scores.items())}}
+            for place, scores in zip(self.places, self._scores, strict=True)
+        ]
+
+    def _enter(self, trial_id: str, progress: float, value: float) -> None:
+        # Only the highest rung newly passed: a late value on an early rung would be unfair to all who stand there.
+        index = max((i for i, place in enumerate(self.places) if progress >= place - _ROUNDING), default=-1)
+        if index >= 0 and not any(trial_id in scores for scores in self._scores[index:]):
+            self._scores[index][trial_id] = self._sign * value if math.isfinite(value) else -math.inf
+
+    def _cut(self, index: int) -> float:
+        ranked = sorted(self._scores[index].values(), reverse=True)
+        return ranked[min(len(ranked), self._kept(index)) - 1]
+
+    def _kept(self, index: int) -> int:
+        return max(ALWAYS_KEPT, math.ceil(len(self._scores[index]) / self._eta))
+
+    def _is_behind(self, trial_id: str, index: int) -> bool:
+        return self._scores[index][trial_id] < self._cut(index)
+
+    def _why(self, trial_id: str, index: int) -> str:
+        count, kept = len(self._scores[index]), self._kept(index)
+        part = {2: "half", 3: "third", 4: "quarter"}.get(self._eta, f"1/{self._eta}")
+        best = f"best {part} of {count} trials" if kept * self._eta >= count > ALWAYS_KEPT * self._eta - self._eta else f"best two of {count} trials"
+        own, cut = self._sign * self._scores[index][trial_id], self._sign * self._cut(index)
+        side = "below" if self._sign > 0 else "above"
+        return f"stopped at rung {self.places[index]:.2f}: {own:.4g} {side} the {best}, cut at {cut:.4g}"
+
+    def _standing(self, trial_id: str) -> str:
+        passed = [index for index, scores in enumerate(self._scores) if trial_id in scores]
+        if not passed:
+            return f"before the first rung at {self.places[0]:.2f}"
+        scores = self._scores[passed[-1]]
+        rank = 1 + sum(score > scores[trial_id] for score in scores.values())
+        return f"rank {rank} of {len(scores)} at rung {self.places[passed[-1]]:.2f}"
+
+
+def open_rungs(
+    settings: AshaSettings | NoSchedulerSettings, mode: Literal["min", "max"], warmup: float, thaw: float, horizon: int
+) -> Rungs:
+    """The empty rungs of a search; `warmup`, `thaw` and `horizon` as for `rung_places`. Raises UserError."""
+    if isinstance(settings, NoSchedulerSettings):
+        return Rungs((), 2, mode)
+    return Rungs(rung_places(settings, warmup, thaw, horizon), settings.eta, mode)

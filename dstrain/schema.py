@@ -1,0 +1,330 @@
+"""What every settings class is made of: the base class, the YAML reader, and the text of an error.
+
+A settings class stands directly above what it configures. This module turns a YAML tree into such an object, or into
+one message that lists every mistake as `address: what is wrong, the value, a way out`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+
+class UserError(ValueError):
+    """A mistake of the person at the keyboard, told in one sentence per mistake; a door prints it and exits with 2."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are refused, values are frozen, docstrings under fields become `--explain`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def setting(default: Any = ..., *, unit: str = "", **bounds: Any) -> Any:
+    """A field with a unit (shown by `--explain`) and pydantic's bounds (`gt`, `ge`, `lt`, `le`, `min_length`)."""
+    return Field(default, json_schema_extra={"unit": unit} if unit else None, **bounds)
+
+
+# ---------------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 numbers (`3e-4` is a float, `on` is a word) that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (list, dict)):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice; keep one of them", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value that `text` stands for; `source` names it in the error. Raises UserError."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{source}:{place} not readable as YAML: {problem}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError when there is no such file or it holds something else."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds {_name_of(tree)}; a file of settings is a mapping, such as `base: ...`")
+    return tree
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """YAML text that `parse_yaml` reads back as the same tree, keys in the order given."""
+    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+# ------------------------------------------------------------------------------------------- dotted addresses
+
+
+def set_path(tree: dict[str, Any], address: str, value: Any) -> None:
+    """Sets `a.b.c` in a nested mapping, making the levels that are missing.
+
+    A new `kind` starts its mapping afresh, because the old kind's keys mean nothing to the new one. Raises UserError
+    when a level is not a mapping.
+    """
+    *parents, last = address.split(".")
+    for depth, parent in enumerate(parents):
+        inner = tree.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            inside = ".".join(parents[: depth + 1])
+            raise UserError(f"{address}: {inside} is {inner!r}, which has no settings inside")
+        tree = inner
+    if last == "kind" and tree.get("kind", value) != value:
+        tree.clear()
+    tree[last] = value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        address = f"{prefix}{key}"
+        flat.update(flatten(value, f"{address}.") if isinstance(value, Mapping) and value else {address: value})
+    return flat
+
+
+def split_override(text: str) -> tuple[str, Any]:
+    """`key=value` of a command line as (address, value); the value is read as YAML."""
+    address, equals, value = text.partition("=")
+    if not equals or not address.strip():
+        raise UserError(f"{text!r}: an override is written key=value, such as stages.finetune.optim.lr=3e-4")
+    return address.strip(), parse_yaml(value, address)
+
+
+# --------------------------------------------------------------------------------------------------- errors
+
+
+class Problem(NamedTuple):
+    """One mistake: where it stands and what to do about it."""
+
+    address: str
+    sentence: str
+
+
+def complain(source: str, problems: Iterable[Problem]) -> UserError:
+    """All problems in one error, a line each: `file: address: sentence`."""
+    return UserError("\n".join(f"{source}: {p.address}: {p.sentence}" if p.address else f"{source}: {p.sentence}" for p in problems))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or the list of what there is when nothing is near."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; there are {', '.join(names)}" if names else ""
+
+
+S = typing.TypeVar("S", bound=Settings)
+
+
+def validate(kind: type[S], tree: Mapping[str, Any], source: str, prefix: str = "") -> S:
+    """The settings object of a tree. Raises UserError that lists every mistake with its address."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        found = (_problem(kind, item, prefix) for item in error.errors(include_url=False))
+        raise complain(source, unique(line for problem in found for line in _lines(problem))) from None
+
+
+def _lines(problem: Problem) -> list[Problem]:
+    """A validator that sees several mistakes raises them as lines, each with its own address."""
+    return [Problem(problem.address, line) for line in problem.sentence.splitlines()]
+
+
+def unique(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems in order, each once (a union reports one mistake for every branch it tried)."""
+    return list(dict.fromkeys(problems))
+
+
+def _problem(root: type[Settings], error: ErrorDetails, prefix: str) -> Problem:
+    words, owner = _locate(root, error["loc"])
+    address = prefix + ".".join(words)
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = owner.model_fields if owner else ()
+        return Problem(address, f"no such setting{did_you_mean(words[-1], known)}")
+    if kind == "missing":
+        return Problem(address, "is missing and has no default; give it a value")
+    if kind == "union_tag_invalid":
+        choices = [choice.strip(" '") for choice in str(context["expected_tags"]).split(",")]
+        return Problem(f"{address}.kind", f"{context['tag']!r} is not a kind there is{did_you_mean(context['tag'], choices)}")
+    if kind == "union_tag_not_found":
+        return Problem(f"{address}.kind", f"is missing: {_short(value)} does not say which kind it is")
+    if kind == "literal_error":
+        choices = [choice.strip(" '") for choice in re.split(r",| or ", str(context["expected"]))]
+        return Problem(address, f"{value!r} is not one of {context['expected']}{did_you_mean(value, choices) if isinstance(value, str) else ''}")
+    if kind == "value_error":
+        return Problem(address, str(context["error"]))
+    if kind == "model_type":
+        return Problem(address, f"is {_short(value)}; it takes a mapping of settings")
+    said = error["msg"].removeprefix("Input ").removeprefix("should ")
+    return Problem(address, f"must {said[0].lower() + said[1:]}, but is {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _name_of(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _locate(root: type[Settings], location: tuple[int | str, ...]) -> tuple[list[str], type[Settings] | None]:
+    """The address without pydantic's union tags, and the class whose field the last word should be."""
+    words: list[str] = []
+    here: Any = root
+    owner: type[Settings] | None = root
+    for word in location:
+        members = {tag: member for tag, member in kinds_of(here)}
+        if len(members) > 1 and str(word) in members:  # a union's tag is not part of what the user wrote
+            here = owner = members[str(word)]
+            continue
+        words.append(str(word))
+        plain = settings_class(here)
+        if plain:
+            owner = plain
+            field = plain.model_fields.get(str(word))
+            here = field.annotation if field else None
+        else:
+            here = item_of(here)
+            owner = settings_class(here)
+    return words, owner
+
+
+# -------------------------------------------------------------------------------------- reading the classes
+
+
+def _arguments(annotation: Any) -> tuple[Any, ...]:
+    """What a union or Annotated is made of, without None; any other type alone."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _arguments(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return tuple(part for argument in typing.get_args(annotation) if argument is not type(None) for part in _arguments(argument))
+    return (annotation,)
+
+
+def settings_class(annotation: Any) -> type[Settings] | None:
+    """The one Settings class an annotation holds, or None (plain values, unions of several)."""
+    found = [part for part in _arguments(annotation) if isinstance(part, type) and issubclass(part, Settings)]
+    return found[0] if len(found) == 1 else None
+
+
+def item_of(annotation: Any) -> Any:
+    """The value type of `dict[str, X]` or the item type of `list[X]` and `tuple[X, ...]`; otherwise None."""
+    for part in _arguments(annotation):
+        arguments = typing.get_args(part)
+        if typing.get_origin(part) in (dict, Mapping) and len(arguments) == 2:
+            return arguments[1]
+        if typing.get_origin(part) in (list, tuple) and arguments:
+            return arguments[0]
+    return None
+
+
+def kinds_of(annotation: Any) -> list[tuple[str, type[Settings]]]:
+    """The members of a union of settings classes as (kind, class)."""
+    members = [part for part in _arguments(annotation) if isinstance(part, type) and issubclass(part, Settings)]
+    return [(_tag(member), member) for member in members]
+
+
+def _tag(member: type[Settings]) -> str:
+    field = member.model_fields.get("kind")
+    return str(typing.get_args(field.annotation)[0]) if field else member.__name__
+
+
+class Explained(NamedTuple):
+    """One setting as `--explain` shows it."""
+
+    address: str
+    default: str
+    unit: str
+    bounds: str
+    doc: str
+
+
+def explain(root: type[Settings], prefix: str = "") -> Iterator[Explained]:
+    """Every setting below `root`, depth first; the members of a union follow one another as `address<kind>`."""
+    for name, field in root.model_fields.items():
+        address = f"{prefix}{name}"
+        kinds = kinds_of(field.annotation)
+        item = item_of(field.annotation)
+        if len(kinds) == 1 and item is None:
+            yield from explain(kinds[0][1], f"{address}.")
+        elif kinds:
+            for tag, member in kinds:
+                yield from explain(member, f"{address}<{tag}>.")
+        elif item is not None and kinds_of(item):
+            for tag, member in kinds_of(item):
+                yield from explain(member, f"{address}.<name>." if len(kinds_of(item)) == 1 else f"{address}.<name><{tag}>.")
+        else:
+            yield _explained(address, field)
+
+
+def _explained(address: str, field: Any) -> Explained:
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [f"{signs[name]} {getattr(rule, name)}" for rule in field.metadata for name in signs if getattr(rule, name, None) is not None]
+    choices = [repr(choice) for part in _arguments(field.annotation) if typing.get_origin(part) is typing.Literal for choice in typing.get_args(part)]
+    default = field.get_default(call_default_factory=True) if field.default is not PydanticUndefined or field.default_factory else ...
+    return Explained(
+        address,
+        "(required)" if default is ... else str(default),
+        str(extra.get("unit", "")),
+        " ".join(bounds) if bounds else " | ".join(choices),
+        " ".join((field.description or "").split()),
+    )

@@ -1,0 +1,248 @@
+"""The whole settings of a run or a search, composed of the leaves' settings, and how a YAML file becomes them.
+
+Precedence, lowest first: defaults < file (`base`) < `when` (what this machine lacks) < `key=value` of the command line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from dstrain.data.vocabulary import VocabularySettings
+from dstrain.loop import StageSettings
+from dstrain.model.encoder import EncoderSettings
+from dstrain.precision import LossScaleSettings, PrecisionName
+from dstrain.rungs import AshaSettings, SchedulerSettings
+from dstrain.schema import (
+    Problem,
+    Settings,
+    UserError,
+    complain,
+    did_you_mean,
+    read_yaml,
+    set_path,
+    setting,
+    split_override,
+    validate,
+)
+from dstrain.tracking import TrackingSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The checkout: shipped files such as ds_configs/zero1.json are found from any working directory."""
+
+
+class RunSettings(Settings):
+    """One run: an encoder that goes through stages, each handing its weights on to the next."""
+
+    name: str = setting(min_length=1)
+    """Names the run folder, output_dir/name, and the MLflow run."""
+    seed: int = setting(0, ge=0)
+    """Every draw of the run (weights, order, masks, dropout, projections) comes from this number."""
+    output_dir: Path = Path("runs")
+    """Where run folders and the default MLflow store lie."""
+    encoder: EncoderSettings
+    """The model all stages share."""
+    vocabulary: VocabularySettings = VocabularySettings()
+    """WordPiece vocabulary, trained on the first stage's text unless a path is given."""
+    stages: dict[str, StageSettings]
+    """Stages by name, in order; `stages.tapt=null` on the command line leaves one out."""
+    precision: PrecisionName = "auto"
+    """auto takes bf16 or fp16 where the device has it, else fp32, and says why."""
+    loss_scale: LossScaleSettings = LossScaleSettings()
+    """Dynamic loss scaling; only fp16 uses it."""
+    deepspeed: Path = Path("ds_configs/zero0.json")
+    """DeepSpeed JSON: memory and precision only; "auto" follows this file."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Where MLflow keeps the readings."""
+
+    @field_validator("name")
+    @classmethod
+    def _usable_as_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w][\w.+@=-]*", name):
+            raise ValueError(f"{name!r} names a folder; use letters, digits and . _ - only")
+        return name
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _left_out(cls, stages: Any) -> Any:
+        return {name: stage for name, stage in stages.items() if stage is not None} if isinstance(stages, dict) else stages
+
+    @model_validator(mode="after")
+    def _fits(self) -> RunSettings:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> Sequence[str]:
+        found = [] if self.stages else ["stages is empty; name at least one stage"]
+        for name, stage in self.stages.items():
+            here = f"stages.{name}"
+            if not re.fullmatch(r"\w+", name):
+                found.append(f"{here}: a stage's name becomes part of metric keys; use letters, digits and _ only")
+            if stage.num_frozen_layers > self.encoder.num_layers:
+                found.append(
+                    f"{here}.num_frozen_layers is {stage.num_frozen_layers}, but the encoder has {self.encoder.num_layers} layers"
+                )
+            try:
+                self.encoder.positions.check_length(stage.max_length)
+            except UserError as error:
+                found.append(f"{here}.max_length: {error}")
+            if stage.metric is not None and stage.metric not in stage.objective.metrics:
+                found.append(f"{here}.metric: {stage.objective.kind} has no {stage.metric!r}{did_you_mean(stage.metric, stage.objective.metrics)}")
+        return found
+
+    @property
+    def folder(self) -> Path:
+        """Where the run leaves everything."""
+        return self.output_dir / self.name
+
+    @property
+    def deepspeed_path(self) -> Path:
+        """The DeepSpeed JSON, from the working directory or else from the checkout."""
+        return shipped(self.deepspeed)
+
+
+class ResourceSettings(Settings):
+    """What one trial takes."""
+
+    ranks: int = setting(1, ge=1, unit="processes")
+    """Data-parallel processes of a trial."""
+    cpus: float | Literal["auto"] = "auto"
+    """CPU cores of a rank; auto is 1, and with a GPU 4."""
+    gpus: float | Literal["auto"] = "auto"
+    """GPUs of a rank; auto is 1 where the machine has any."""
+
+
+class SearchSettings(Settings):
+    """How a space is searched."""
+
+    metric: str
+    """What decides, as stage/split/name, such as finetune/valid/f1_macro."""
+    mode: Literal["min", "max"] = "max"
+    """Whether a small or a large metric is good."""
+    trials: int | None = setting(None, ge=1)
+    """Random samples to draw; a space of choices alone is a grid and needs none."""
+    seeds: tuple[int, ...] = ()
+    """Every configuration runs once per seed; empty takes the base's seed."""
+    seed: int = 0
+    """Seed of the random samples."""
+    constraints: tuple[str, ...] = ()
+    """Expressions that every trial must satisfy, such as `hidden_size % num_heads == 0`."""
+    scheduler: SchedulerSettings = AshaSettings()
+    """asha stops trials early; none runs all to the end."""
+    resources: ResourceSettings = ResourceSettings()
+    """What one trial takes; as many run at once as fit."""
+    max_concurrent: int | None = setting(None, ge=1, unit="trials")
+    """Upper bound on trials at once, whatever fits."""
+    max_failures: int = setting(1, ge=0)
+    """How often a failed trial is started again, from its checkpoint."""
+
+    @field_validator("metric")
+    @classmethod
+    def _three_parts(cls, metric: str) -> str:
+        if metric.count("/") != 2:
+            raise ValueError(f"{metric!r} is not stage/split/name, such as finetune/valid/f1_macro")
+        return metric
+
+
+# ----------------------------------------------------------------------------------------------- from a file
+
+_FILE_KEYS = ("base", "when", "space", "search")
+_CONDITIONS: dict[str, Callable[[bool], bool]] = {"no_gpu": lambda gpu: not gpu, "gpu": lambda gpu: gpu}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML file with `when` and the command line worked in; not yet checked against the settings classes."""
+
+    source: str
+    base: dict[str, Any]
+    space: dict[str, Any]
+    search: dict[str, Any] | None
+    precedence: list[str] = field(default_factory=list)
+    """Every change to the file's own words, with the place it came from: printed at the start and kept with the run."""
+
+
+def read_document(path: Path, overrides: Sequence[str] = (), gpu: bool = False, full_size: bool = False) -> Document:
+    """Reads a run or search file for a machine with or without a GPU.
+
+    `full_size` leaves `when` out. Raises UserError for unreadable files, unknown parts and conditions.
+    """
+    tree = read_yaml(shipped(path))
+    if not any(key in tree for key in _FILE_KEYS):
+        raise UserError(f"{path}: has no base; a file of settings is `base: {{name: ..., encoder: ..., stages: ...}}`")
+    problems = [Problem(str(key), f"no such part of a file{did_you_mean(str(key), _FILE_KEYS)}") for key in tree if key not in _FILE_KEYS]
+    problems += [
+        Problem(key, "must be a mapping") for key in _FILE_KEYS if key in tree and not isinstance(tree[key] or {}, dict)
+    ]
+    when = {} if problems else tree.get("when") or {}
+    for condition, changes in when.items():
+        if condition not in _CONDITIONS:
+            problems.append(Problem(f"when.{condition}", f"no such condition{did_you_mean(str(condition), _CONDITIONS)}"))
+        elif not isinstance(changes, dict):
+            problems.append(Problem(f"when.{condition}", "must map dotted addresses to values"))
+    if problems:
+        raise complain(str(path), problems)
+    parts = {key: deepcopy(tree.get(key) or {}) for key in ("base", "space", "search")}
+    said: list[str] = []
+    if not full_size:
+        for condition, changes in when.items():
+            if _CONDITIONS[condition](gpu):
+                said += [_change(parts, str(address), value, f"when.{condition}") for address, value in changes.items()]
+    said += [_change(parts, *split_override(text), "command line") for text in overrides]
+    return Document(str(path), parts["base"], parts["space"], parts["search"] if "search" in tree else None, said)
+
+
+def _change(parts: dict[str, dict[str, Any]], address: str, value: Any, origin: str) -> str:
+    first, _, rest = address.partition(".")
+    if first == "space" and rest:
+        parts["space"][rest] = value  # a space's keys are dotted addresses themselves
+    elif first in parts and rest:
+        set_path(parts[first], rest, value)
+    else:
+        set_path(parts["base"], address, value)
+    return f"{address} = {value!r} ({origin})"
+
+
+def run_settings(document: Document) -> RunSettings:
+    """The checked settings of the file's run. Raises UserError with every mistake."""
+    return validate(RunSettings, document.base, document.source)
+
+
+def load_run(path: Path, overrides: Sequence[str] = (), gpu: bool = False, full_size: bool = False) -> RunSettings:
+    """`read_document` and `run_settings` in one, for programs."""
+    return run_settings(read_document(path, overrides, gpu, full_size))
+
+
+def load_search(document: Document) -> SearchSettings:
+    """The checked settings of the file's search; its metric must name a stage and a figure that there will be."""
+    if document.search is None:
+        raise UserError(f"{document.source}: has no search; add `search: {{metric: finetune/valid/f1_macro}}`, or train it with train.py")
+    search = validate(SearchSettings, document.search, document.source, prefix="search.")
+    stage, split, name = search.metric.split("/")
+    stages = run_settings(document).stages
+    if stage not in stages:
+        raise UserError(f"{document.source}: search.metric: there is no stage {stage!r}{did_you_mean(stage, stages)}")
+    if split != "valid":
+        raise UserError(f"{document.source}: search.metric: {split!r} cannot choose; a search is decided on the split valid")
+    known = stages[stage].objective.metrics
+    if name not in known:
+        raise UserError(f"{document.source}: search.metric: {stage} reports no {name!r}{did_you_mean(name, known)}")
+    return search
+
+
+def shipped(path: Path) -> Path:
+    """The path itself when it is there (or absolute), else the same path in the checkout."""
+    return ROOT / path if not path.is_absolute() and not path.exists() and (ROOT / path).exists() else path
+
+
+def plain(settings: Settings) -> Mapping[str, Any]:
+    """The settings as a tree of plain values, as they are written to settings.yaml."""
+    return settings.model_dump(mode="json")

@@ -1,0 +1,240 @@
+"""Door 1: trains one run from a YAML file.
+
+    deepspeed dstrain/train.py FILE.yaml [key=value ...]
+    torchrun --nproc_per_node 2 dstrain/train.py FILE.yaml
+    srun python dstrain/train.py FILE.yaml
+    python dstrain/train.py FILE.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# A launcher runs this file as a script, which puts dstrain/ itself on the path; the package lies one level up.
+_here = Path(__file__).resolve().parent
+sys.path[:] = [str(_here.parent)] + [entry for entry in sys.path if Path(entry or ".").resolve() != _here]
+
+if TYPE_CHECKING:
+    from dstrain.run import Outcome, Watch
+    from dstrain.settings import Document, RunSettings
+
+SAVED_COME_BACK = 75
+"""Exit status of a run that was asked to stop and saved: EX_TEMPFAIL, on which a scheduler's script may requeue."""
+
+_EPILOG = """\
+examples
+  deepspeed dstrain/train.py search_spaces/smoke.yaml
+  deepspeed --num_gpus 4 dstrain/train.py my.yaml --deepspeed_config ds_configs/zero2.json stages.finetune.optim.lr=3e-5
+  python dstrain/train.py my.yaml --dry-run
+  python dstrain/train.py --explain stages.<name>.optim
+
+exit status
+  0 finished   1 failed   2 a mistake in the settings or the data   75 saved on a signal: the same command goes on
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    words = argparse.ArgumentParser(
+        prog="train.py", description="Train one run: MLM pretraining, TAPT and classification through DeepSpeed.",
+        epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    words.add_argument("file", nargs="?", type=Path, metavar="FILE.yaml", help="settings: the `base` of a run or search file")
+    words.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    words.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="DeepSpeed JSON instead of the file's `deepspeed`")
+    words.add_argument("--resume", choices=("auto", "never"), default="auto", help="auto goes on where the run folder is; never sets that folder aside and starts anew")
+    words.add_argument("--full-size", action="store_true", help="leave out the file's `when` overrides for this machine")
+    words.add_argument("--dry-run", action="store_true", help="show settings, DeepSpeed plan, parameters, tokens and steps, then stop")
+    words.add_argument("--explain", nargs="?", const="", metavar="PREFIX", help="show every setting (below PREFIX): path, default, unit, bounds, meaning")
+    words.add_argument("--quiet", action="store_true", help="no progress lines")
+    words.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # habit of DeepSpeed scripts
+    words.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by launchers
+    return words
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    words = parser()
+    given = words.parse_intermixed_args(argv)
+    if given.explain is None and given.file is None:
+        words.error("give a FILE.yaml, or --explain")
+    from dstrain.schema import UserError
+
+    try:
+        return _explain(given.explain) if given.explain is not None else _train(given)
+    except UserError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks have the same to say
+            print(error, file=sys.stderr)
+        return 2
+
+
+def _explain(prefix: str) -> int:
+    from dstrain.schema import UserError, did_you_mean, explain
+    from dstrain.settings import RunSettings, SearchSettings
+
+    rows = [*explain(RunSettings), *explain(SearchSettings, "search.")]
+    shown = [row for row in rows if row.address.startswith(prefix)]
+    if not shown:
+        raise UserError(f"--explain {prefix}: no setting begins like that{did_you_mean(prefix, (row.address for row in rows))}")
+    for row in shown:
+        facts = ", ".join(part for part in (f"default {row.default}", row.unit, row.bounds) if part)
+        print(f"{row.address}  ({facts})\n    {row.doc}")
+    return 0
+
+
+def _train(given: argparse.Namespace) -> int:
+    import torch
+
+    from dstrain.settings import read_document, run_settings
+
+    overrides = list(given.overrides) + ([f"deepspeed={given.deepspeed_config}"] if given.deepspeed_config else [])
+    document = read_document(given.file, overrides, torch.cuda.is_available(), given.full_size)
+    settings = run_settings(document)
+    if given.dry_run:
+        return _dry_run(document, settings)
+    return _on_ranks(given, document, settings)
+
+
+def _dry_run(document: Document, settings: RunSettings) -> int:
+    import json
+
+    import torch
+
+    from dstrain.readings import amount
+    from dstrain.run import forecast
+    from dstrain.schema import dump_yaml
+    from dstrain.settings import plain
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stages = forecast(settings, int(os.environ.get("WORLD_SIZE", "1")), device, print)
+    print(dump_yaml(plain(settings)), end="")
+    for line in document.precedence:
+        print(f"# {line}")
+    print(f"\nDeepSpeed plan ({settings.deepspeed_path}):\n{json.dumps(stages[0].plan, indent=1)}\n")
+    for stage in stages:
+        print(
+            f"{stage.name:<10} {stage.parameters:,} parameters  {stage.documents:,} sequences  "
+            f"{amount(stage.tokens_per_epoch)} tokens an epoch  {stage.steps:,} steps"
+        )
+        for note in stage.notes:
+            print(f"           {note}")
+    return 0
+
+
+def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettings) -> int:
+    from dstrain.engine import join_ranks, leave_ranks
+    from dstrain.loop import Diverged, Interrupted
+    from dstrain.run import claim, run, set_aside
+
+    ranks = join_ranks()
+    try:
+        with ranks.first() as mine:
+            if mine:
+                if given.resume == "never":
+                    set_aside(settings.folder)
+                claim(settings)
+        with _watching(settings, document, ranks.rank == 0, given.quiet) as watch:
+            outcome = run(settings, ranks, watch)
+    except Interrupted as asked:
+        return _tell(ranks.rank, f"{asked}; the same command goes on from there", SAVED_COME_BACK)
+    except Diverged as error:
+        return _tell(ranks.rank, f"stages.{error}", 1)
+    finally:
+        leave_ranks()
+    return _tell(ranks.rank, _summary(settings, outcome, given.file), 0)
+
+
+def _tell(rank: int, text: str, status: int) -> int:
+    if rank == 0:
+        print(text, file=sys.stderr if status else sys.stdout, flush=True)
+    return status
+
+
+def _summary(settings: RunSettings, outcome: Outcome, file: Path) -> str:
+    from dstrain.readings import spoken
+
+    lines = []
+    for name, why in outcome.stopped.items():
+        metric, _ = settings.stages[name].selection
+        best = outcome.best[name]
+        lines.append(f"{name}: {why}" + ("" if best is None else f", best valid {spoken(metric, best)}"))
+    if outcome.test:
+        lines.append("test: " + "  ".join(spoken(name, value) for name, value in outcome.test.items()))
+    lines.append(f"run folder: {settings.folder}    same run again: python dstrain/train.py {settings.folder}/settings.yaml name=NEW")
+    return "\n".join(lines)
+
+
+class _watching:
+    """Rank 0 writes readings, shows them and tracks them; the other ranks keep quiet. Closes the tracked run at the end."""
+
+    def __init__(self, settings: RunSettings, document: Document, speaks: bool, quiet: bool) -> None:
+        self._settings, self._document, self._speaks, self._quiet = settings, document, speaks, quiet
+
+    def __enter__(self) -> Watch:
+        from dstrain.run import Watch
+
+        stop = stop_on_signals()
+        if not self._speaks:
+            return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, stop)
+        from dstrain.evidence import collect
+        from dstrain.readings import Console, JsonLines, fan_out
+        from dstrain.settings import ROOT, plain
+
+        for line in self._document.precedence:
+            _say(line)
+        settings = self._settings
+        self._tracker = settings.tracking.open(settings.output_dir)
+        self._run = self._tracker.run(settings.folder, settings.name, plain(settings), collect(ROOT).tags())
+        report = fan_out(JsonLines(settings.folder), Console(quiet=self._quiet))
+        return Watch(report, _silent if self._quiet else _say, self._run.tag, stop)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not self._speaks:
+            return
+        status, reason = ending(error)
+        from dstrain.run import run_files
+
+        self._run.finish(status, {"stop_reason": reason}, run_files(self._settings.folder))  # type: ignore[arg-type]
+        self._tracker.close()
+
+
+def ending(error: BaseException | None) -> tuple[str, str]:
+    """MLflow's word for how a run ended, and the reason in ours."""
+    if error is None:
+        return "FINISHED", "finished"
+    interrupted = type(error).__name__ == "Interrupted" or isinstance(error, KeyboardInterrupt)
+    return ("KILLED" if interrupted else "FAILED"), f"{type(error).__name__}: {error}"
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that SIGTERM, SIGUSR1 and SIGINT set; a second one of them ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+        os.write(2, b"asked to stop: saving at the end of this step (again: at once)\n")
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, handle)
+    return stop
+
+
+def _say(sentence: str) -> None:
+    print(sentence, flush=True)
+
+
+def _silent(sentence: str) -> None:
+    """Says nothing."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
