@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dstrain.optim import set_lr
 from dstrain.schema import UserError
 
 # ------------------------------------------------------------------------------------------------- the ranks
@@ -152,10 +153,12 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        _deepspeed().init_distributed(
-            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
-            timeout=timedelta(minutes=timeout_minutes),
-        )  # fmt: skip
+        deepspeed = _deepspeed()
+        with _silence():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
+                timeout=timedelta(minutes=timeout_minutes),
+            )  # fmt: skip
     return Ranks(place.rank, place.world, device, place.launcher)
 
 
@@ -171,14 +174,36 @@ def _deepspeed() -> Any:
     scripts = str(Path(sys.executable).parent)
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
+    # What it compiles depends on this environment's torch: kept with it, no other environment makes it compile again.
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    # DeepSpeed's autotuner imports all of MLflow when it finds it, for a second and 100 MB that no rank has a use for.
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
 
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """DeepSpeed prints to standard output; what is worth knowing of it, dstrain says itself."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
 # ------------------------------------------------------------------------------------------------ the engine
+
+
+class Diverged(Exception):
+    """The loss or a gradient is no longer a number, and nothing heals it."""
 
 
 class Engine:
@@ -188,10 +213,11 @@ class Engine:
         """`plan` is what `ds_plan.resolve` returned; `task(batch)` returns (loss_sum, evidence)."""
         deepspeed = _deepspeed()
         self.ranks = ranks
-        with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
+        with _silence():
             self._ds, *_ = deepspeed.initialize(model=task.to(ranks.device), optimizer=optimizer, config=plan)
         self._ds.checkpoint_engine = _safe_checkpoint_engine(self._ds.checkpoint_engine)
         self._stage = plan["zero_optimization"]["stage"]
+        self._norm: Tensor | float = float("nan")
         self._names = [name for name, _ in task.named_parameters()]
 
     @property
@@ -214,9 +240,20 @@ class Engine:
     def step(self, lr: float) -> None:
         """Counts a micro-batch; at the last one of a step, clips, updates with learning rate `lr` and zeroes gradients."""
         if self._ds.is_gradient_accumulation_boundary():
-            for group in self._ds.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-        self._ds.step()
+            set_lr(self._ds.optimizer, lr)
+            self._keep_norm()
+        try:
+            self._ds.step()
+        except Exception as error:
+            if "minimum" in str(error):  # what DeepSpeed raises when halving the loss scale no longer helps
+                raise Diverged(f"fp16 overflows at its smallest loss scale ({error}); lower the learning rate, or take bf16 or fp32") from error
+            raise
+
+    def _keep_norm(self) -> None:
+        """At stage 0 in fp32 DeepSpeed clips without telling the norm; the gradients are all here, so take it first."""
+        if self._stage == 0 and self._ds.get_global_grad_norm() is None:
+            gradients = [parameter.grad for parameter in self._ds.module.parameters() if parameter.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients)
 
     def set_group_scale(self, name: str, scale: float) -> None:
         """Multiplies the learning rate of the parameter groups called `name` (0 holds them still)."""
@@ -250,7 +287,7 @@ class Engine:
     def grad_norm(self) -> float:
         """Norm of the last step's gradient before clipping."""
         norm = self._ds.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return float(self._norm if norm is None else norm)
 
     @property
     def loss_scale(self) -> float:

@@ -110,9 +110,7 @@ def collect(
 
 def _variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {
-        name: value
-        for name, value in sorted(environ.items())
-        if VARIABLES.fullmatch(name) and not SECRETS.search(name)
+        name: value for name, value in sorted(environ.items()) if VARIABLES.fullmatch(name) and not SECRETS.search(name)
     }
 
 

@@ -105,6 +105,6 @@ def whole_lines(path: Path, offset: int) -> list[bytes]:
         with path.open("rb") as file:
             file.seek(offset)
             lines = file.readlines(CHUNK_BYTES)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]

@@ -22,7 +22,7 @@ from pydantic import model_validator
 from dstrain.data.batches import EpochPlan, epoch_plan, evaluation_plan
 from dstrain.data.cache import Corpus, TokenSplit
 from dstrain.data.corpora import CorpusSettings
-from dstrain.engine import Engine, Ranks, peak_memory_gb
+from dstrain.engine import Diverged, Engine, Ranks, peak_memory_gb
 from dstrain.metrics import Tally
 from dstrain.objective import Objective, ObjectiveSettings, Task
 from dstrain.optim import OptimSettings, lr_factor
@@ -216,10 +216,6 @@ class Progress:
 
 class Interrupted(Exception):
     """The run was asked to stop, has saved, and may go on later."""
-
-
-class Diverged(Exception):
-    """The loss is no longer a number."""
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,6 @@ def lr_factor(step: int, total_steps: int, settings: OptimSettings) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of every group of an optimizer (or of DeepSpeed's wrapper around one)."""
+    """The learning rate of every group of an optimizer (or of DeepSpeed's wrapper around one), times its `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -64,8 +64,13 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
         if mine:
             leave_evidence(settings, vocabulary, ranks)
     outcome, first_step, weights, task = Outcome(), 0, None, None
+    noted: set[str] = set()
     for name, stage in settings.stages.items():
         corpus = stage_corpus(stage, vocabulary, watch.say)
+        for note in corpus.notes:
+            if note not in noted:
+                noted.add(note)
+                watch.say(f"{name}: {note}")
         objective = stage.objective.build(corpus, vocabulary, settings.encoder, settings.seed)
         task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective)
         site = Site(name, folder / "stages" / name, first_step, settings.seed)
@@ -99,8 +104,6 @@ def train(
     with ranks.first() as mine:
         if mine:
             write_whole(site.folder / "ds_config.json", json.dumps(plan, indent=1))
-    for note in corpus.notes:
-        watch.say(f"{site.name}: {note}")
     engine = Engine(task, build_optimizer(groups(task, stage), stage.optim, ranks.device), plan, ranks)
     try:
         progress = fit(engine, objective, corpus, stage, site, watch.report, watch.stop)

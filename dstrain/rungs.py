@@ -1,8 +1,8 @@
-"""Which trials a search stops early: asynchronous successive halving (Li et al. 2018, arXiv:1810.05934), stopping variant.
+"""Which trials a search stops early: asynchronous successive halving (Li et al. 2018, arXiv 1810.05934).
 
 A rung is a place on the way through the stage that owns the search's metric, as a share of that stage (its horizon).
-The first report at or past a rung enters the trial there; a trial goes on while it is among the best 1/eta of everything
-that has entered every rung it has passed. Nobody waits for anybody. Three things differ from the paper's pseudocode:
+The first report at or past a rung enters the trial there; a trial goes on while it is among the best 1/eta of all that
+have entered, on every rung it has passed. Nobody waits for anybody. Three things differ from the paper's pseudocode:
 
 - The best two of a rung always stay: with fewer than 2 * eta values the best 1/eta would be a single trial, and chance
   decides which of two equals comes first.
@@ -40,7 +40,11 @@ def _place(value: Any) -> int | float:
             f"{value!r} is neither a whole number of optimizer steps (1 or more) nor a share of the stage "
             "(a number with a point, above 0.0 and below 1.0)"
         )
-    return value  # type: ignore[no-any-return]
+    return value
+
+
+def _grace(value: Any) -> int | float | Literal["auto"]:
+    return "auto" if value == "auto" else _place(value)
 
 
 Place = Annotated[int | float, PlainValidator(_place)]
@@ -51,7 +55,7 @@ class AshaSettings(Settings):
     """Asynchronous successive halving: trials that fall behind are stopped."""
 
     kind: Literal["asha"] = "asha"
-    grace: Literal["auto"] | Place = Field("auto", union_mode="left_to_right")
+    grace: Annotated[int | float | Literal["auto"], PlainValidator(_grace)] = "auto"
     """No trial is stopped before this: optimizer steps (an integer) or a share of the stage (0.5); auto is twice the
     warm-up, and a third of the way from the latest thaw to the end where any trial freezes layers."""
     eta: int = setting(3, ge=2, le=100)
@@ -90,8 +94,7 @@ def rung_places(settings: AshaSettings, warmup: float, thaw: float, horizon: int
     Raises UserError for a rung at or past the end, which would stop nothing.
     """
     if settings.rungs:
-        places = sorted({_share("search.scheduler.rungs", place, horizon) for place in settings.rungs})
-        return tuple(places)
+        return tuple(sorted({_share("search.scheduler.rungs", place, horizon) for place in settings.rungs}))
     auto = settings.grace == "auto"
     first = default_grace(warmup, thaw) if auto else _share("search.scheduler.grace", settings.grace, horizon)
     count = math.ceil(math.log(1 / first, settings.eta) - _ROUNDING) if first < 1 else 0
@@ -109,15 +112,19 @@ def _share(address: str, place: Any, horizon: int) -> float:
 
 def early_cut(settings: AshaSettings, warmup: float, thaw: float, horizon: int) -> str | None:
     """The warning for a first rung that stands before the default one, with the numbers; None when there is none."""
-    first, default = rung_places(settings, warmup, thaw, horizon)[0], default_grace(warmup, thaw)
+    default = default_grace(warmup, thaw)
+    first = min(rung_places(settings, warmup, thaw, horizon), default=default)
     if first >= default - _ROUNDING:
         return None
-    thawed = f" and the last frozen layers thaw at {thaw:.2f} (step {math.floor(thaw * horizon)})" if thaw else ""
+
+    def step(share: float) -> str:
+        return f"{share:.2g} of the stage (step {math.ceil(share * horizon - _ROUNDING)} of {horizon})"
+
+    thawed = f" and the last frozen layers thaw at {step(thaw)}" if thaw else ""
     return (
-        f"search.scheduler.{'rungs' if settings.rungs else 'grace'}: trials are stopped from {first:.2g} of the stage on "
-        f"(step {math.ceil(first * horizon - _ROUNDING)} of {horizon}), but warm-up ends at {warmup:.2g}{thawed}; trials that start "
-        f"behind overtake after that, so the winner may be thrown away; grace: auto waits until {default:.2f} "
-        f"(step {math.ceil(default * horizon - _ROUNDING)})"
+        f"search.scheduler.{'rungs' if settings.rungs else 'grace'}: trials are stopped from {step(first)} on, but "
+        f"warm-up ends at {step(warmup)}{thawed}; who starts behind overtakes later, so the winner may be thrown away; "
+        f"grace: auto waits until {step(default)}"
     )
 
 
@@ -160,8 +167,11 @@ class Rungs:
         self._enter(trial_id, progress, value)
         if not math.isfinite(value):
             return Decision(False, f"stopped at {progress:.2f} of the stage: the metric is {value}")
-        behind = [index for index, scores in enumerate(self._scores) if trial_id in scores and self._is_behind(trial_id, index)]
-        return Decision(False, self._why(trial_id, behind[0])) if behind else Decision(True, self._standing(trial_id))
+        passed = [index for index, scores in enumerate(self._scores) if trial_id in scores]
+        for index in passed:
+            if self._scores[index][trial_id] < self._cut(index):
+                return Decision(False, self._why(trial_id, index))
+        return Decision(True, self._standing(trial_id, passed))
 
     def replay(self, history: Iterable[History]) -> None:
         """Puts earlier reports back on their rungs, deciding nothing."""
@@ -173,9 +183,12 @@ class Rungs:
     def state(self) -> list[dict[str, Any]]:
         """The rungs as plain data: place, and value by trial (None for a value that was no number)."""
         return [
-            {"place": place, "values": {trial: self._sign * score if math.isfinite(score) else None for trial, score in sorted(scores.items())}}
+            {"place": place, "values": {trial: self._value(score) for trial, score in sorted(scores.items())}}
             for place, scores in zip(self.places, self._scores, strict=True)
         ]
+
+    def _value(self, score: float) -> float | None:
+        return self._sign * score if math.isfinite(score) else None
 
     def _enter(self, trial_id: str, progress: float, value: float) -> None:
         # Only the highest rung newly passed: a late value on an early rung would be unfair to all who stand there.
@@ -190,19 +203,16 @@ class Rungs:
     def _kept(self, index: int) -> int:
         return max(ALWAYS_KEPT, math.ceil(len(self._scores[index]) / self._eta))
 
-    def _is_behind(self, trial_id: str, index: int) -> bool:
-        return self._scores[index][trial_id] < self._cut(index)
-
     def _why(self, trial_id: str, index: int) -> str:
-        count, kept = len(self._scores[index]), self._kept(index)
+        count = len(self._scores[index])
         part = {2: "half", 3: "third", 4: "quarter"}.get(self._eta, f"1/{self._eta}")
-        best = f"best {part} of {count} trials" if kept * self._eta >= count > ALWAYS_KEPT * self._eta - self._eta else f"best two of {count} trials"
+        best = part if math.ceil(count / self._eta) >= ALWAYS_KEPT else "two"
         own, cut = self._sign * self._scores[index][trial_id], self._sign * self._cut(index)
         side = "below" if self._sign > 0 else "above"
-        return f"stopped at rung {self.places[index]:.2f}: {own:.4g} {side} the {best}, cut at {cut:.4g}"
+        rung = f"{self.places[index]:.2f}"
+        return f"stopped at rung {rung}: {own:.4g} {side} the best {best} of {count}, cut at {cut:.4g}"
 
-    def _standing(self, trial_id: str) -> str:
-        passed = [index for index, scores in enumerate(self._scores) if trial_id in scores]
+    def _standing(self, trial_id: str, passed: Sequence[int]) -> str:
         if not passed:
             return f"before the first rung at {self.places[0]:.2f}"
         scores = self._scores[passed[-1]]

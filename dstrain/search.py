@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dstrain.readings import READINGS_FILE, Reading, duration, read_readings, spoken
-from dstrain.rungs import History, grace_share
-from dstrain.run import write_whole
+from dstrain.loop import Course
+from dstrain.optim import warmup_steps
+from dstrain.rungs import History, NoSchedulerSettings, Rungs, early_cut, open_rungs
+from dstrain.run import run_vocabulary, stage_corpus, write_whole
 from dstrain.schema import UserError, dump_yaml, read_yaml
 from dstrain.settings import Document, RunSettings, SearchSettings, load_search, plain, run_settings
-from dstrain.space import Trial, apply, read_space
+from dstrain.space import Trial, apply, read_space, setting_named
 
 State = Literal["finished", "stopped", "failed"]
 
@@ -55,7 +57,7 @@ class Candidate:
     @property
     def changes(self) -> str:
         """What the trial changes, as a person would say it: `num_hashes=4 chunk_size=64`."""
-        return " ".join(f"{address.rpartition('.')[2]}={value}" for address, value in self.trial.overrides.items())
+        return " ".join(f"{address.rpartition('.')[2]}={brief(value)}" for address, value in self.trial.overrides.items())
 
     def ended(self) -> Ended | None:
         """How it ended; None while it has not."""
@@ -104,13 +106,30 @@ class Search:
         stage, split, name = self.metric
         return [(r.step, r.total_steps, r.values[name]) for r in readings if (r.stage, r.split) == (stage, split)]
 
-    def history(self) -> list[History]:
-        """What all earlier trials reported: a search that goes on keeps its rungs."""
-        return [
+    def rungs(self) -> tuple[Rungs, str | None]:
+        """The rungs with all that earlier trials reported on them, and a warning where they cut too early."""
+        scheduler, mode = self.settings.scheduler, self.settings.mode
+        warmup, thaw, horizon = self._pace()
+        rungs = open_rungs(scheduler, mode, warmup, thaw, horizon)
+        rungs.replay(
             History(candidate.id, [(step / total, value) for step, total, value in self.values(candidate.readings())])
             for candidate in self.candidates
-            if candidate.folder.exists()
-        ]
+        )
+        return rungs, None if isinstance(scheduler, NoSchedulerSettings) else early_cut(scheduler, warmup, thaw, horizon)
+
+    def _pace(self) -> tuple[float, float, int]:
+        """Of the deciding stage: the longest warm-up and the latest thaw of any trial as shares, and its optimizer steps."""
+        name = self.metric[0]
+        stages = [candidate.settings.stages[name] for candidate in self.candidates]
+        horizon = stages[0].steps
+        if horizon is None:
+            settings = self.candidates[0].settings
+            corpus = stage_corpus(stages[0], run_vocabulary(settings, _silent), _silent)
+            group = self.settings.resources.ranks * stages[0].accumulation
+            horizon = Course(corpus.splits["train"].lengths, stages[0], settings.seed, group).total_steps
+        warmup = max(warmup_steps(horizon, stage.optim) / horizon for stage in stages)
+        thaw = max((stage.thaw_at for stage in stages if stage.num_frozen_layers), default=0.0)
+        return warmup, thaw, horizon
 
     def best(self) -> Candidate | None:
         """The finished trial with the best metric; one that was stopped only if none finished."""
@@ -186,8 +205,15 @@ class Row:
             duration(self.seconds),
             spoken("tokens_per_second", self.tokens_per_second).removesuffix(" tok/s"),
             f"{self.peak_memory_gb:.2f}",
-            f"{self.state}: {self.reason}" if self.reason != self.state else self.state,
+            self.reason if self.reason.startswith(self.state) else f"{self.state}: {self.reason}",
         ]
+
+
+def brief(value: Any) -> str:
+    """A setting's value in few characters: `{kind: lsh, num_hashes: 2}` as `lsh num_hashes=2`."""
+    if isinstance(value, Mapping):
+        return " ".join(str(inner) if key == "kind" else f"{key}={inner}" for key, inner in value.items())
+    return str(value)
 
 
 def table(search: Search) -> Any:
@@ -202,7 +228,7 @@ def table(search: Search) -> Any:
     addresses = list(dict.fromkeys(address for candidate in search.candidates for address in candidate.trial.overrides))
     for row in search.rows():
         overrides = row.candidate.trial.overrides
-        shown.add_row(*(str(overrides.get(address, "")) for address in addresses), *row.cells())
+        shown.add_row(*(brief(overrides.get(address, "")) for address in addresses), *row.cells())
     return shown
 
 
@@ -213,7 +239,15 @@ def plan_search(document: Document) -> Search:
     """The trials of a search file. Raises UserError with every mistake in its base, its space and its trials."""
     base = run_settings(document)
     settings = load_search(document)
-    trials, left_out = read_space(document, settings)
+
+    def named(overrides: Mapping[str, Any], name: str, near: str) -> Any:
+        tree = apply(document.base, overrides)
+        return setting_named(run_settings(Document(document.source, tree, {}, None)), name, near)
+
+    trials, left_out = read_space(
+        document.space, document.source, named, trials=settings.trials, seed=settings.seed, seeds=settings.seeds,
+        constraints=settings.constraints,
+    )  # fmt: skip
     folder = base.folder / "trials"
     candidates, problems = [], []
     for trial in trials:
@@ -230,8 +264,5 @@ def plan_search(document: Document) -> Search:
     return Search(document, base, settings, tuple(candidates), tuple(notes))
 
 
-def latest_thaw(search: Search) -> float:
-    """The latest share of the deciding stage at which any trial still has frozen layers."""
-    stage = search.metric[0]
-    stages = [candidate.settings.stages[stage] for candidate in search.candidates]
-    return max((s.thaw_at for s in stages if s.num_frozen_layers), default=0.0)
+def _silent(sentence: str) -> None:
+    """Says nothing."""

@@ -56,7 +56,7 @@ class RunSettings(Settings):
     """auto takes bf16 or fp16 where the device has it, else fp32, and says why."""
     loss_scale: LossScaleSettings = LossScaleSettings()
     """Dynamic loss scaling; only fp16 uses it."""
-    deepspeed: Path = Path("ds_configs/zero0.json")
+    deepspeed: Path = Path("ds_configs/zero1.json")
     """DeepSpeed JSON: memory and precision only; "auto" follows this file."""
     tracking: TrackingSettings = TrackingSettings()
     """Where MLflow keeps the readings."""

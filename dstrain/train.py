@@ -129,8 +129,8 @@ def _dry_run(document: Document, settings: RunSettings) -> int:
 
 
 def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettings) -> int:
-    from dstrain.engine import join_ranks, leave_ranks
-    from dstrain.loop import Diverged, Interrupted
+    from dstrain.engine import Diverged, join_ranks, leave_ranks
+    from dstrain.loop import Interrupted
     from dstrain.run import claim, run, set_aside
 
     ranks = join_ranks()
@@ -145,7 +145,7 @@ def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettin
     except Interrupted as asked:
         return _tell(ranks.rank, f"{asked}; the same command goes on from there", SAVED_COME_BACK)
     except Diverged as error:
-        return _tell(ranks.rank, f"stages.{error}", 1)
+        return _tell(ranks.rank, str(error), 1)
     finally:
         leave_ranks()
     return _tell(ranks.rank, _summary(settings, outcome, given.file), 0)

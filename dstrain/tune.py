@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dstrain.readings import Reading
-    from dstrain.rungs import Rungs
     from dstrain.search import Candidate, Search
     from dstrain.settings import ResourceSettings
     from dstrain.tracking import TrackedRun, Tracker
@@ -129,19 +128,30 @@ def close(search: Search) -> None:
     from rich.console import Console
 
     from dstrain.search import table
-    from dstrain.tracking import store_uri, ui_command, ui_links
 
     Console(width=None if sys.stdout.isatty() else 160).print(table(search))
     best = search.write_best()
     if best:
         print(f"best:    {best}")
         print(f"retrain: deepspeed dstrain/train.py {best}")
+    if search.base.tracking.enabled:
+        _show_pages(search)
+
+
+def _show_pages(search: Search) -> None:
+    """How to open the MLflow UI, and its pages that compare exactly these trials."""
+    from dstrain.ledger import read_sent
+    from dstrain.tracking import store_uri, ui_command, ui_links
+
     tracking = search.base.tracking
-    links = ui_links(search.folder, [candidate.folder for candidate in search.candidates], search.settings.metric)
-    if tracking.enabled:
-        print(f"MLflow:  {ui_command(store_uri(tracking.uri, search.base.output_dir))}")
-        for name, link in links.items():
-            print(f"         {name}: {link}")
+    uri = store_uri(tracking.uri, search.base.output_dir)
+    print(f"MLflow:  {ui_command(uri)}")
+    sent = [sent for candidate in search.candidates if (sent := read_sent(candidate.folder)).run_id]
+    if sent:
+        base_url = uri if uri.startswith("http") else "http://127.0.0.1:5000"
+        links = ui_links(base_url, sent[0].experiment_id, [one.run_id for one in sent], search.settings.metric)
+        print(f"         compare: {links.compare}")
+        print(f"         curves:  {links.curves}")
 
 
 # ---------------------------------------------------------------------------------------- resources
@@ -322,7 +332,7 @@ def trial(config: dict[str, Any]) -> None:
     import ray
     from ray import tune
 
-    from dstrain.loop import Diverged
+    from dstrain.engine import Diverged
     from dstrain.schema import UserError
 
     config = config["trial"]
@@ -450,7 +460,9 @@ class Desk:
 
         self.search = search
         self.candidates = {candidate.id: candidate for candidate in search.candidates}
-        self.rungs: Rungs | None = search.rungs()
+        self.rungs, warning = search.rungs()
+        if warning:
+            print(f"warning: {search.document.source}: {warning}", file=sys.stderr)
         self.stopped: dict[str, str] = {}
         self._runs: dict[str, TrackedRun] = {}
         self._tags = collect(ROOT).tags()
@@ -491,8 +503,6 @@ class Desk:
     def reported(self, name: str, progress: float, value: float) -> bool:
         """Whether a trial goes on after this reading."""
         self._board.reported(self.candidates[name], progress, value)
-        if self.rungs is None:
-            return True
         decision = self.rungs.record(name, progress, value)
         if not decision.keep:
             self.stopped[name] = decision.reason

@@ -113,7 +113,16 @@ def test_the_environment_file_reads_back_as_yaml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "HF_HUB_TOKEN", "DSTRAIN_PASSWORD", "SLURM_AUTH_COOKIE", "HOME", "XNCCL_DEBUG"]
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY",
+        "HF_TOKEN",
+        "HF_HUB_TOKEN",
+        "DSTRAIN_PASSWORD",
+        "SLURM_AUTH_COOKIE",
+        "HOME",
+        "XNCCL_DEBUG",
+    ],
 )
 def test_no_secret_and_nothing_that_was_not_asked_for(name: str, tmp_path: Path) -> None:
     found = collect(tmp_path, environ={name: "hunter2", "NCCL_DEBUG": "INFO", "TOKENIZERS_PARALLELISM": "false"})

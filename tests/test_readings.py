@@ -64,7 +64,16 @@ def test_a_line_is_strict_json_of_one_line_and_reads_back(one: Reading, written:
 
 @pytest.mark.parametrize(
     "line",
-    ["", "nonsense", "[]", "{}", "3", '{"time": 1}', to_line(reading(1), 0)[:-20], to_line(reading(1), 0).replace("step", "pets")],
+    [
+        "",
+        "nonsense",
+        "[]",
+        "{}",
+        "3",
+        '{"time": 1}',
+        to_line(reading(1), 0)[:-20],
+        to_line(reading(1), 0).replace("step", "pets"),
+    ],
 )
 def test_what_is_no_reading_is_a_value_error(line: str) -> None:
     with pytest.raises(ValueError, match="not a reading"):
@@ -190,12 +199,19 @@ def test_speed_is_since_the_last_line_of_the_same_stage() -> None:
     console(Reading("b", "train", 1, 10, 500, 1.0))
     console(Reading("b", "train", 2, 10, 500, 1.0))  # no time has passed: no speed to tell
     console(Reading("b", "train", 3, 10, 500, 2.0, {"tokens_per_second": 7.0}))
-    speeds = [line.partition(" tok/s")[0].split()[-1] if "tok/s" in line else None for line in out.getvalue().splitlines()]
+    speeds = [
+        line.partition(" tok/s")[0].split()[-1] if "tok/s" in line else None for line in out.getvalue().splitlines()
+    ]
     assert speeds == ["1.0k", None, "3.0k", "500", None, "7"]
 
 
 def test_lines_of_one_run_are_aligned() -> None:
-    lines = [describe(Reading(stage, split, step, 12000, 10, 1.0)) for stage in ("pretrain", "tapt") for split in ("train", "test") for step in (1, 12000)]
+    lines = [
+        describe(Reading(stage, split, step, 12000, 10, 1.0))
+        for stage in ("pretrain", "tapt")
+        for split in ("train", "test")
+        for step in (1, 12000)
+    ]
     assert len({line.index("/12000") for line in lines}) == 1
 
 
@@ -240,7 +256,16 @@ def test_a_stream_without_isatty_is_no_terminal() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(2.3141, "2.314"), (0.487, "0.487"), (3e-5, "3.00e-05"), (0.0, "0"), (12.0, "12"), (1.2e6, "1.20e+06"), (math.nan, "nan"), (-math.inf, "-inf")],
+    [
+        (2.3141, "2.314"),
+        (0.487, "0.487"),
+        (3e-5, "3.00e-05"),
+        (0.0, "0"),
+        (12.0, "12"),
+        (1.2e6, "1.20e+06"),
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+    ],
 )
 def test_numbers(value: float, text: str) -> None:
     assert number(value) == text
@@ -248,7 +273,19 @@ def test_numbers(value: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (950.4, "950"), (999.7, "1.0k"), (1234, "1.2k"), (9949, "9.9k"), (9950, "10k"), (112_400, "112k"), (999_600, "1.0M"), (3.4e6, "3.4M"), (2.5e9, "2.5G"), (math.inf, "inf")],
+    [
+        (0, "0"),
+        (950.4, "950"),
+        (999.7, "1.0k"),
+        (1234, "1.2k"),
+        (9949, "9.9k"),
+        (9950, "10k"),
+        (112_400, "112k"),
+        (999_600, "1.0M"),
+        (3.4e6, "3.4M"),
+        (2.5e9, "2.5G"),
+        (math.inf, "inf"),
+    ],
 )
 def test_amounts(value: float, text: str) -> None:
     assert amount(value) == text
@@ -256,7 +293,17 @@ def test_amounts(value: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0s"), (-3, "0s"), (59.4, "59s"), (59.6, "1m00s"), (250, "4m10s"), (3599.6, "1h00m"), (7500, "2h05m"), (273_600, "3d04h"), (math.nan, "?")],
+    [
+        (0, "0s"),
+        (-3, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (250, "4m10s"),
+        (3599.6, "1h00m"),
+        (7500, "2h05m"),
+        (273_600, "3d04h"),
+        (math.nan, "?"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

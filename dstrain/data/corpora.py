@@ -47,11 +47,11 @@ class CorpusSettings(TableSettings):
     """wikipedia, imdb, ag_news, hyperpartisan, arxiv, yelp_polarity, pydocs, or any folder in DSTRAIN_DATA. A folder of
     that name in DSTRAIN_DATA comes before the hub."""
     path: Path | None = None
-    """In place of a name: a folder with train, validation, test (and unlabeled) files of .parquet, .csv, .tsv or .jsonl,
-    or one such file, which is split."""
+    """In place of a name: a folder with train, validation, test (and unlabeled) files of .parquet, .csv, .tsv or
+    .jsonl, or one such file, which is split."""
     labelled: bool = True
-    """false: text only, for a language model. The `unlabeled` file is the training text where there is one; otherwise it
-    is the text of train. valid and test keep their texts."""
+    """false: text only, for a language model. The `unlabeled` file is the training text where there is one; otherwise
+    it is the text of train. valid and test keep their texts."""
     keywords: tuple[str, ...] | None = None
     """Keep the documents that hold one of these words (or its plural), in any case; default for wikipedia: film, sport,
     business, science, technology, news; for others: no filter. An empty list turns the filter off."""
@@ -443,9 +443,9 @@ def _normal(text: str) -> str:
 
 
 def _start(text: str) -> str:
-    """The first 200 characters of the normalised text: what is compared before whole texts are."""
-    short = _normal(text[:2000])
-    return short[:200] if len(short) >= 200 else _normal(text)[:200]
+    """The first 100 characters of the normalised text: what is compared before whole texts are."""
+    short = _normal(text[:400])
+    return short[:100] if len(short) > 100 else _normal(text)[:100]
 
 
 def _twin(text: str, others: Sequence[str], places: Iterable[int]) -> int | None:

@@ -412,7 +412,7 @@ def csv_records(text: str, delimiter: str, quoting: bool = True) -> Iterator[tup
         if found is None:
             position = _after_line(text, position)
             yield line, None
-        elif fields != [""]:  # a blank line is no record
+        elif fields != [""] or text[start] == '"':  # a blank line is no record; a quoted nothing is one
             yield line, fields
         line += (
             text.count("\n", start, position) + text.count("\r", start, position) - text.count("\r\n", start, position)
@@ -470,7 +470,7 @@ def _read_csv(path: Path, settings: TableSettings, labelled: bool) -> _Raw:
         lines,
         bad,
         notes,
-        bytes_wrong if any(not text.isascii() for text in texts) else "",
+        bytes_wrong,
     )
 
 

@@ -31,7 +31,7 @@ class Labels(NamedTuple):
 
 
 def read_labels(column: Sequence[object], source: str, column_name: str) -> Labels:
-    """Whole numbers stay numbers, words stay words (ends stripped of nothing), true/false become words.
+    """Whole numbers become int, words stay as they are spelled, true/false become the words "true" and "false".
 
     Raises UserError when the column as a whole makes no sense: kinds mixed, or nearly as many values as rows.
     """
@@ -181,7 +181,8 @@ def _class_notes(order: Sequence[Value], train: Sequence[Value]) -> Iterable[str
     if len(order) == 1:
         yield f"warning: train has the single class {order[0]!r}, so there is nothing to tell apart"
     elif isinstance(order[0], int) and order != tuple(range(len(order))):
-        yield f"labels {', '.join(map(str, order[:12]))} are numbered 0 to {len(order) - 1}; their names keep the old numbers"
+        listed = ", ".join(map(str, order[:12]))
+        yield f"labels {listed} are numbered 0 to {len(order) - 1}; their names keep the old numbers"
     rarest, count = min(Counter(train).items(), key=lambda item: (item[1], str(item[0])))
     if len(order) > 1 and count < 0.02 * len(train):
         yield f"warning: class {rarest!r} has {count} of {len(train)} training documents"

@@ -34,16 +34,21 @@ class _Package(NamedTuple):
     own_names: str
 
 
-# The names a package goes by in its own text. Short ones count only as a word of their own (`ray` is not in `array`).
+# The names a package goes by in its own text. Short ones count only as a word of their own, also in camel case: `ray`
+# is not in `array`, but it is in `RayActor`.
 _PACKAGES = (
-    _Package("deepspeed", "deepspeed", r"deep[-_ ]?speed(?:ai|examples)?|microsoft"),
-    _Package("matplotlib", "matplotlib", r"matplotlib|(?<![a-z])(?:mpl|pyplot|plt)(?![a-z])"),
-    _Package("mlflow", "mlflow", r"ml[-_ ]?flow|databricks"),
-    _Package("numpy", "numpy", r"numpy|(?<![a-z])np(?![a-z])"),
-    _Package("ray", "ray", r"(?<![a-z])rays?(?![a-z])|(?<![a-z])(?:rllib|anyscale)"),
-    _Package("scikit-learn", "sklearn", r"sklearn|scikit[-_ ]?learn"),
-    _Package("torch", "torch", r"(?:py)?torch|(?<![a-z])aten(?![a-z])"),
-    _Package("", "stdlib", r"c?python"),
+    _Package("deepspeed", "deepspeed", r"(?i:deep[-_ ]?speed(?:ai|examples)?|microsoft)"),
+    _Package("matplotlib", "matplotlib", r"(?i:matplotlib)|(?<![A-Za-z])(?:mpl|pyplot|plt)(?![a-z])"),
+    _Package("mlflow", "mlflow", r"(?i:ml[-_ ]?flow|databricks)"),
+    _Package("numpy", "numpy", r"(?i:numpy)|(?<![A-Za-z])np(?![a-z])"),
+    _Package(
+        "ray",
+        "ray",
+        r"(?<![A-Za-z])ray(?:lets?|s)?(?![a-z])|Ray(?:let)?(?![a-z])|(?<![A-Z])RAY(?![A-Z])|(?i:rllib|anyscale)",
+    ),
+    _Package("scikit-learn", "sklearn", r"(?i:sklearn|scikit[-_ ]?learn)"),
+    _Package("torch", "torch", r"(?i:(?:py)?torch)|(?<![A-Za-z])(?:aten|ATen)(?![a-z])"),
+    _Package("", "stdlib", r"(?i:c?python)"),
 )
 _SKIPPED_FOLDERS = re.compile(
     r"tests?|testing|.*_tests?|_?vendor(?:ed)?|.*third_?party.*|site-packages|dist-packages|__pycache__|generated|_?protos?|"
@@ -111,7 +116,7 @@ def _documents(package: _Package) -> Iterator[tuple[str, str]]:
     root = _root(package)
     if root is None:
         return
-    own_name = re.compile(package.own_names, re.IGNORECASE)
+    own_name = re.compile(package.own_names)
     documents = size = 0
     for path in sorted(_modules(root), key=lambda path: blake2b(path.encode(), digest_size=8).digest()):
         text = _document(root / path, own_name)

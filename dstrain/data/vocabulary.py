@@ -121,16 +121,29 @@ def open_vocabulary(
         return Vocabulary.load(settings.path, settings.lowercase)
     folder = cache / "vocabularies"
     file = folder / f"{_digest(f'{_FORMAT} {_tokenizers_version()} {settings.model_dump_json()} {key}')}.json"
+    if (found := _cached(file, say)) is not None:
+        return found
     with locked(file.with_suffix(".lock")):
-        if file.is_file():
-            try:
-                return Vocabulary.load(file)
-            except UserError:
-                say(f"vocabulary: {file} is damaged and is trained again")
+        if (found := _cached(file, _silent)) is not None:  # another process was faster
+            return found
         say(f"vocabulary: training up to {settings.size} WordPieces from the training text (kept in {folder})")
         vocabulary = train(settings, training_texts())
         write_atomically(file, vocabulary._tokenizer.to_str())
     return vocabulary
+
+
+def _cached(file: Path, say: Say) -> Vocabulary | None:
+    if not file.is_file():
+        return None
+    try:
+        return Vocabulary.load(file)
+    except UserError:
+        say(f"vocabulary: {file} is damaged and is trained again")
+        return None
+
+
+def _silent(line: str) -> None:
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- training

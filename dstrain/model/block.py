@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from dstrain.model.attention import AttentionSettings
 from dstrain.model.attention.draws import generator
@@ -22,9 +21,11 @@ from dstrain.packed import Sequences
 from dstrain.schema import Settings, setting
 
 
-def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    """A linear map that is still to be filled by `initialise` (torch would fill it from the global generator)."""
-    return skip_init(nn.Linear, inputs, outputs, bias=bias)
+class Linear(nn.Linear):
+    """A linear map that `initialise` fills: torch would draw its weights from the global generator."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights unfilled."""
 
 
 def initialise(root: nn.Module, seed: int, std: float) -> None:
@@ -111,13 +112,13 @@ class Block(nn.Module):
         self.heads_shape = (settings.num_heads, settings.head_dim)
         self.pre_norm = settings.norm == "pre"
         self.tied_qk = settings.attention.tied_qk
-        self.projections = linear(hidden, (2 if self.tied_qk else 3) * width, settings.projection_bias)
+        self.projections = Linear(hidden, (2 if self.tied_qk else 3) * width, settings.projection_bias)
         self.attention = settings.attention.build(settings.num_heads, settings.head_dim, layer, seed)
-        self.attention_output = linear(width, hidden, settings.projection_bias)
+        self.attention_output = Linear(width, hidden, settings.projection_bias)
         self.attention_dropout = Dropout(settings.dropout, seed, f"block {layer} attention")
         self.attention_norm = nn.LayerNorm(hidden, settings.layer_norm_eps)
-        self.mlp_inner = linear(hidden, inner)
-        self.mlp_output = linear(inner, hidden)
+        self.mlp_inner = Linear(hidden, inner)
+        self.mlp_output = Linear(inner, hidden)
         self.mlp_dropout = Dropout(settings.dropout, seed, f"block {layer} mlp")
         self.mlp_norm = nn.LayerNorm(hidden, settings.layer_norm_eps)
 

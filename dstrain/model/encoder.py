@@ -12,11 +12,10 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from dstrain.model.block import Block, BlockSettings, Dropout, initialise, set_dropout_step
-from dstrain.model.positions import PositionSettings, RopePositions
+from dstrain.model.positions import PositionSettings, RopePositions, Rotation
 from dstrain.packed import Batch, Sequences
 from dstrain.schema import setting
 
@@ -97,6 +96,9 @@ class WordEmbedding(nn.Embedding):
         """(...) int64 ids -> (..., E) vectors; (M, E) floating point vectors -> (M, V) logits, no bias."""
         return F.linear(words, self.weight) if words.is_floating_point() else super().forward(words)
 
+    def reset_parameters(self) -> None:
+        """Leaves the table to `initialise`: torch would fill it from the global generator."""
+
 
 class Encoder(nn.Module):
     """`forward(batch) -> hidden_TE`. Equal (settings, vocabulary_size, seed) give equal weights on every rank."""
@@ -105,14 +107,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.settings = settings
         hidden = settings.hidden_size
-        self.word_embedding: WordEmbedding = skip_init(WordEmbedding, vocabulary_size, hidden)
+        self.word_embedding = WordEmbedding(vocabulary_size, hidden)
         self.positions = settings.positions.build(hidden, settings.head_dim)
         self.embedding_norm = nn.LayerNorm(hidden, settings.layer_norm_eps)
         self.embedding_dropout = Dropout(settings.dropout, seed, "embeddings")
         self.blocks = nn.ModuleList(Block(settings, layer, seed) for layer in range(settings.num_layers))
         self.final_norm = nn.LayerNorm(hidden, settings.layer_norm_eps) if settings.norm == "pre" else nn.Identity()
         self.frozen_layers = 0
-        """While this is n > 0, nothing flows back into the embeddings and the first n blocks (see `first_parameters`)."""
+        """While n > 0, nothing flows back into the embeddings and the first n blocks (see `first_parameters`)."""
         initialise(self, seed, settings.init_std)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -127,7 +129,7 @@ class Encoder(nn.Module):
                 hidden_TE = self._through(block, hidden_TE, sequences, rotation)
         return self.final_norm(hidden_TE)
 
-    def _through(self, block: nn.Module, hidden_TE: Tensor, sequences: Sequences, rotation: Any) -> Tensor:
+    def _through(self, block: nn.Module, hidden_TE: Tensor, sequences: Sequences, rotation: Rotation | None) -> Tensor:
         if self.settings.activation_checkpointing and torch.is_grad_enabled():
             # Nothing below draws from the global generators, so there is no state of theirs to keep and restore.
             return checkpoint(block, hidden_TE, sequences, rotation, use_reentrant=False, preserve_rng_state=False)

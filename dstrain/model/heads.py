@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dstrain.model.block import Dropout, initialise, linear, set_dropout_step
+from dstrain.model.block import Dropout, Linear, initialise, set_dropout_step
 from dstrain.packed import Sequences
 
 Pooling = Literal["cls", "mean", "max", "min"]
@@ -35,7 +35,7 @@ class MlmHead(nn.Module):
 
     def __init__(self, hidden_size: int, vocabulary_size: int, seed: int, init_std: float, layer_norm_eps: float):
         super().__init__()
-        self.dense = linear(hidden_size, hidden_size)
+        self.dense = Linear(hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
         initialise(self, seed, init_std)
@@ -103,10 +103,10 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.pooling, self.pooler = pooling, pooler
         if pooler != "none":
-            self.dense = linear(hidden_size, hidden_size)
+            self.dense = Linear(hidden_size, hidden_size)
         self.pooled_dropout = Dropout(classifier_dropout, seed, "classifier pooled")
         self.dropout = Dropout(classifier_dropout, seed, "classifier")
-        self.classifier = linear(hidden_size, num_classes)
+        self.classifier = Linear(hidden_size, num_classes)
         initialise(self, seed, init_std)
 
     def forward(self, hidden_TE: Tensor, sequences: Sequences) -> Tensor:

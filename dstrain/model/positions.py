@@ -10,7 +10,6 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from dstrain.packed import Sequences
 from dstrain.schema import Settings, UserError, setting
@@ -180,7 +179,8 @@ class LearnedTable(Positions):
 
     def __init__(self, max_length: int, hidden_size: int):
         super().__init__()
-        self.table = skip_init(nn.Embedding, max_length, hidden_size)
+        # filled by `initialise`; nn.Embedding itself would draw from the global generator
+        self.table = nn.Embedding.from_pretrained(torch.empty(max_length, hidden_size), freeze=False)
 
     def forward(self, words_TE: Tensor, sequences: Sequences) -> Tensor:
         """(T, E) -> (T, E)."""

@@ -45,7 +45,7 @@ class FavorSettings(Settings):
     normalize_qk: bool = True
     """Queries and keys become unit vectors times a learned temperature per head: the estimator's error grows
     exponentially with their norms, and this bounds them. false: plain q.k / sqrt(D), as sdpa computes it."""
-    temperature: float = setting(2.0, unit="logits", gt=0)
+    temperature: float = setting(1.0, unit="logits", gt=0)
     """Where the learned temperature starts when normalize_qk is true; logits lie between minus and plus this."""
     feature_norm: Literal["sqrt_d", "chi"] = "sqrt_d"
     """Length of a projection: always sqrt(D) (less variance, slight bias) or that of a Gaussian vector (unbiased)."""

@@ -92,7 +92,7 @@ class Lsh(nn.Module):
 
     def forward(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, sequences: Sequences) -> Tensor:
         """(T, H, D) of v's dtype. With shared_qk the keys are not looked at: they are the queries."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(q_THD.device.type, enabled=False):
             rotations = self.rotations(q_THD.device)
             shared = self.settings.shared_qk
             queries = sort_tokens(q_THD, rotations, sequences, self.settings)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from dstrain.model.attention.blocked import equal_length_runs
+from dstrain.model.attention.blocked import equal_length_runs, work_dtype
 from dstrain.packed import Sequences
 from dstrain.schema import Settings
 
@@ -49,8 +49,10 @@ class Sdpa(nn.Module):
         self._kernel, self._why = choose_kernel(self.settings.backend, q_THD.device, q_THD.dtype, self.head_dim)
         if self._kernel == "varlen flash":
             return _varlen_flash(q_THD, k_THD, v_THD, sequences)
-        attend = _naive if self._kernel == "reference" else scaled_dot_product_attention
-        upcast = torch.float32 if q_THD.device.type == "cpu" and q_THD.dtype == torch.float16 else q_THD.dtype
+        exactly = self._kernel == "reference"
+        attend = _naive if exactly else scaled_dot_product_attention
+        slow = q_THD.device.type == "cpu" and q_THD.dtype == torch.float16
+        upcast = work_dtype(q_THD) if exactly or slow else q_THD.dtype
         return _by_length(attend, q_THD.to(upcast), k_THD.to(upcast), v_THD.to(upcast), sequences).to(v_THD.dtype)
 
     def set_step(self, step: int) -> None:

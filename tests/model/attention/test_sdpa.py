@@ -61,7 +61,7 @@ def test_fp16_on_a_cpu_is_computed_in_fp32_and_says_so():
         (torch.bfloat16, 64, (9, 0), False, "flash per document", "has no torch.nn.attention.varlen"),
     ],
 )
-def test_a_gpu_takes_flash_where_it_can_and_says_why_not(monkeypatch, dtype, head_dim, capability, varlen, kernel, reason):
+def test_a_gpu_takes_flash_or_says_why_not(monkeypatch, dtype, head_dim, capability, varlen, kernel, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Turing")
     if not varlen:
