@@ -140,13 +140,12 @@ def close(search: Search) -> None:
 
 def _show_pages(search: Search) -> None:
     """How to open the MLflow UI, and its pages that compare exactly these trials."""
-    from dstrain.ledger import read_sent
-    from dstrain.tracking import store_uri, ui_command, ui_links
+    from dstrain.tracking import sent_of, store_uri, ui_command, ui_links
 
     tracking = search.base.tracking
     uri = store_uri(tracking.uri, search.base.output_dir)
     print(f"MLflow:  {ui_command(uri)}")
-    sent = [sent for candidate in search.candidates if (sent := read_sent(candidate.folder)).run_id]
+    sent = [sent for candidate in search.candidates if (sent := sent_of(candidate.folder)).run_id]
     if sent:
         base_url = uri if uri.startswith("http") else "http://127.0.0.1:5000"
         links = ui_links(base_url, sent[0].experiment_id, [one.run_id for one in sent], search.settings.metric)

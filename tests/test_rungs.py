@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -207,7 +208,8 @@ def test_eighteen_trials_two_at_a_time_lose_more_than_a_third() -> None:
         chance = random.Random(seed)
         worth = {f"t{number}": chance.random() for number in range(18)}
         rungs = open_rungs(AshaSettings(), "max", 0.1, 0.0, 60)
-        waiting, running, stopped = list(worth), [], 0
+        waiting, stopped = list(worth), 0
+        running: list[tuple[str, Iterator[int]]] = []
         while waiting or running:
             while waiting and len(running) < 2:
                 running.append((waiting.pop(), iter(range(6, 66, 6))))

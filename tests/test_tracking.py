@@ -635,7 +635,8 @@ def test_whole_lines_come_in_portions_from_an_offset(tmp_path: Path, monkeypatch
 
 
 def test_a_lock_keeps_another_process_out(tmp_path: Path) -> None:
-    program = f"from pathlib import Path; from dstrain.ledger import locked\nwith locked(Path({str(tmp_path / 'lock')!r})): print('in')"
+    lock = str(tmp_path / "lock")
+    program = f"from pathlib import Path; from dstrain.ledger import locked\nwith locked(Path({lock!r})): print('in')"
     with locked(tmp_path / "lock"):
         other = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):

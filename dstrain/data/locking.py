@@ -12,7 +12,9 @@ from dstrain.schema import UserError
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Waits until no other process (or thread) holds the lock file `path`, and holds it inside the `with`. Raises UserError where it cannot be made.
+    """Waits until no other process (or thread) holds the lock file `path`, and holds it inside the `with`.
+
+    Raises UserError where the file cannot be made.
 
     The file itself stays: removing it would let two holders lock two different files of the same name.
     """

@@ -262,7 +262,7 @@ def test_a_killed_builder_leaves_nothing_in_the_way(folder, vocabulary, home):
 
 def test_a_cache_that_cannot_be_written(folder, vocabulary, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="the cache cannot be written .*set DSTRAIN_CACHE"):
+    with pytest.raises(UserError, match=r"the cache cannot be written .*set DSTRAIN_CACHE"):
         open_corpus(CorpusSettings(path=folder), vocabulary, 64, tmp_path / "file" / "cache", _silent)
 
 

@@ -328,35 +328,47 @@ class _TwoSoftmaxes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_THD, v_THD, scale_H, projection_HMD, out_THD, lse_TH1, *kept = ctx.saved_tensors
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THD, k_THD, v_THD)]
-        grad_q_THD, grad_k_THD, grad_v_THD = grads
+        normalize, center = ctx.normalize, ctx.center
+        grad_q_THD, grad_k_THD, grad_v_THD = (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THD, k_THD, v_THD)
+        )
         saved = iter(kept)
         with torch.autocast(q_THD.device.type, enabled=False):
             kernel = _Kernel(q_THD, scale_H, projection_HMD, ctx.sequences)
             grad_scale_H = torch.zeros_like(kernel.scale_H11).flatten()
-            everything = slice(None)
             for tile, weights_BMD, scale_B11 in kernel.tiles():
-                keys, values_BLD = _read_side(tile, k_THD, ctx.normalize, ctx.center), tile.read(v_THD, kernel.work)
                 if _worth_keeping(tile, kernel):
                     points = _Points(next(saved), next(saved))
                 else:
-                    points = kernel.features_attend_to_keys(keys.x_BLD, values_BLD, scale_B11, weights_BMD)
-                queries = _read_side(tile, q_THD, ctx.normalize, center=False)
-                grad_BLD, out_BLD, lse_BL1 = (tile.read(x, kernel.work) for x in (grad_THD, out_THD, lse_TH1))
-                grad_queries, grad_points, grad_mass = kernel.queries_backward(
-                    queries.x_BLD, points, weights_BMD, grad_BLD, out_BLD, lse_BL1
+                    keys_BLD = _read_side(tile, k_THD, normalize, center).x_BLD
+                    values_BLD = tile.read(v_THD, kernel.work)
+                    points = kernel.features_attend_to_keys(keys_BLD, values_BLD, scale_B11, weights_BMD)
+
+                queries = _read_side(tile, q_THD, normalize, center=False)
+                around = (tile.read(x, kernel.work) for x in (grad_THD, out_THD, lse_TH1))
+                grad_BLD, grad_points, grad_mass = kernel.queries_backward(queries.x_BLD, points, weights_BMD, *around)
+                along_B = _along(grad_BLD, queries.x_BLD)
+                tile.write(grad_q_THD, slice(None), _side_backward(grad_BLD, queries, center=False))
+                del queries, grad_BLD  # a tile of one long document is large: only one side of it is held at a time
+
+                keys = _read_side(tile, k_THD, normalize, center)
+                grad_BLD, grad_values_BLD = kernel.keys_backward(
+                    keys.x_BLD, tile.read(v_THD, kernel.work), points, scale_B11, weights_BMD, grad_points, grad_mass
                 )
-                grad_keys, grad_values = kernel.keys_backward(
-                    keys.x_BLD, values_BLD, points, scale_B11, weights_BMD, grad_points, grad_mass
-                )
+                along_B += _along(grad_BLD, keys.x_BLD)
+                tile.write(grad_v_THD, slice(None), grad_values_BLD)
+                tile.write(grad_k_THD, slice(None), _side_backward(grad_BLD, keys, center))
+                del keys, grad_BLD, grad_values_BLD
+
                 # the kernel sees q and k only as scale * x, so the scale's gradient is <x, gradient at x> / scale
-                along_BLD = grad_queries * queries.x_BLD + grad_keys * keys.x_BLD
-                along_B = (along_BLD / scale_B11).sum((1, 2))
+                along_B /= scale_B11.flatten()
                 grad_scale_H[tile.heads] += along_B.unflatten(0, (tile.documents, -1)).sum(0)
-                tile.write(grad_q_THD, everything, _side_backward(grad_queries, queries, center=False))
-                tile.write(grad_k_THD, everything, _side_backward(grad_keys, keys, ctx.center))
-                tile.write(grad_v_THD, everything, grad_values)
         return grad_q_THD, grad_k_THD, grad_v_THD, grad_scale_H.to(scale_H.dtype), None, None, None, None
+
+
+def _along(grad_BLD: Tensor, x_BLD: Tensor) -> Tensor:
+    """(B): the inner product of each document's and head's rows."""
+    return torch.linalg.vecdot(grad_BLD, x_BLD).sum(1)
 
 
 def _worth_keeping(tile: Tile, kernel: _Kernel) -> bool:

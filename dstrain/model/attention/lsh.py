@@ -310,23 +310,34 @@ class _Kernel:
 
 
 class _Round:
-    """One round of some heads: its queries and keys in slots, and the scores of a block."""
+    """One round of some heads in slots. Rows are gathered block by block: a round's sorted copies never exist whole."""
 
-    def __init__(
-        self, kernel: _Kernel, query_order: Order, key_order: Order, heads: slice, round_: int,
-        q_GD: Tensor, k_GD: Tensor,
-    ) -> None:  # fmt: skip
+    def __init__(self, kernel: _Kernel, query_order: Order, key_order: Order, heads: slice, round_: int) -> None:
         self.kernel = kernel
         self.queries = kernel.rows(query_order, heads, round_, filler=-2)
         self.keys = kernel.rows(key_order, heads, round_, filler=-1)
-        self.q_SD = q_GD.index_select(0, self.queries.row_S)
-        self.padded_keys = kernel.pad(k_GD.index_select(0, self.keys.row_S))
+        self.padded_rows = kernel.pad(self.keys.row_S)
         self.padded_codes = kernel.pad(self.keys.code_S, value=-1.0)
 
-    def scores(self, chunks: slice, slots: slice, seen: _Seen | None) -> Tensor:
+    @property
+    def slots(self) -> int:
+        """S times the heads at work."""
+        return len(self.queries.row_S)
+
+    def of_queries(self, x_GX: Tensor, slots: slice) -> Tensor:
+        """(chunks, C, ...): what belongs to the queries of these slots."""
+        return self.kernel.by_chunk(x_GX.index_select(0, self.queries.row_S[slots]))
+
+    def of_windows(self, x_GX: Tensor, chunks: slice) -> Tensor:
+        """(chunks, W * C, ...): what belongs to the keys that these chunks see, gathered once and viewed in windows."""
+        kernel = self.kernel
+        span = self.padded_rows[chunks.start * kernel.chunk : (chunks.stop + kernel.window - 1) * kernel.chunk]
+        return kernel.windows(x_GX.index_select(0, span), slice(0, chunks.stop - chunks.start))
+
+    def scores(self, q: Tensor, keys: Tensor, chunks: slice, slots: slice, seen: _Seen | None) -> Tensor:
         """(chunks, C, W * C) in base 2, with what a query must not see far below everything else."""
         kernel = self.kernel
-        scores = torch.bmm(kernel.by_chunk(self.q_SD[slots]), kernel.windows(self.padded_keys, chunks).mT)
+        scores = torch.bmm(q, keys.mT)
         codes = kernel.by_chunk(self.queries.code_S[slots])
         # arithmetic instead of a boolean mask: on a CPU a fifth of the time, and exact, since equal codes add 0
         differ = codes.unsqueeze(2) - kernel.windows(self.padded_codes, chunks).unsqueeze(1)
@@ -380,14 +391,15 @@ class _LshAttention(torch.autograd.Function):
             lse_TH1 = torch.empty(*q_THD.shape[:2], 1, dtype=kernel.work, device=q_THD.device)
             for heads in kernel.heads():
                 q_GD, v_GD = kernel.read(q_THD, heads), kernel.read(v_THD, heads)
+                values_GD = v_GD.to(kernel.low)
                 keys_GD = kernel.scaled_keys(q_GD if k_THD is None else kernel.read(k_THD, heads))
                 seen = _Seen(kernel, *orders, heads) if settings.count_keys == "once" else None
                 out_GD, lse_G1 = torch.zeros_like(v_GD), torch.full_like(v_GD[:, :1], HIDDEN)
                 for round_ in range(settings.num_hashes):
-                    one = _Round(kernel, *orders, heads, round_, q_GD, keys_GD)
-                    round_out, round_lse = _attend(one, v_GD, seen)
+                    one = _Round(kernel, *orders, heads, round_)
+                    round_out, round_lse = _attend(one, q_GD, keys_GD, values_GD, seen)
                     merged = torch.logaddexp2(lse_G1, round_lse)
-                    out_GD = out_GD * (lse_G1 - merged).exp2_() + round_out * (round_lse - merged).exp2_()
+                    out_GD.mul_((lse_G1 - merged).exp2_()).add_(round_out.mul_((round_lse - merged).exp2_()))
                     lse_G1 = merged
                 alone = lse_G1 < HIDDEN / 2  # no round showed it anything: it sees itself
                 kernel.write(out_THD, heads, torch.where(alone, v_GD, out_GD))
@@ -406,21 +418,17 @@ class _LshAttention(torch.autograd.Function):
         with torch.autocast(q_THD.device.type, enabled=False):
             kernel = _Kernel(q_THD, ctx.sequences, ctx.settings)
             for heads in kernel.heads():
-                q_GD, v_GD, grad_GD = (kernel.read(x, heads) for x in (q_THD, v_THD, grad_THD))
+                q_GD, grad_GD, lse_G1 = (kernel.read(x, heads) for x in (q_THD, grad_THD, lse_TH1))
                 k_GD = q_GD if k_THD is None else kernel.read(k_THD, heads)
-                keys_GD, lse_G1 = kernel.scaled_keys(k_GD), kernel.read(lse_TH1, heads)
+                values_GD = kernel.read(v_THD, heads).to(kernel.low)
                 along_G1 = (grad_GD * kernel.read(out_THD, heads)).sum(-1, keepdim=True)
+                known = _Known(q_GD, kernel.scaled_keys(k_GD), values_GD, grad_GD, along_G1, lse_G1)
                 seen = _Seen(kernel, *orders, heads) if ctx.settings.count_keys == "once" else None
                 grad_q_GD, grad_keys_GD = torch.zeros_like(q_GD), torch.zeros_like(q_GD)
                 grad_v_GD = grad_GD * (lse_G1 == -HIDDEN)
                 for round_ in range(ctx.settings.num_hashes):
-                    one = _Round(kernel, *orders, heads, round_, q_GD, keys_GD)
-                    for total, share in zip(
-                        (grad_q_GD, grad_keys_GD, grad_v_GD),
-                        _attend_backward(one, v_GD, grad_GD, along_G1, lse_G1, seen),
-                        strict=True,
-                    ):
-                        total += share
+                    one = _Round(kernel, *orders, heads, round_)
+                    _attend_backward(one, known, seen, (grad_q_GD, grad_keys_GD, grad_v_GD))
                 grad_q_GD /= LOG2E  # the scores' base 2 lies in the scaled keys that these were multiplied by
                 grad_k_GD = kernel.scaled_keys_backward(grad_keys_GD, k_GD)
                 if grad_k_THD is None:
@@ -432,50 +440,58 @@ class _LshAttention(torch.autograd.Function):
         return grad_q_THD, grad_k_THD, grad_v_THD, None, None, None, None, None, None
 
 
-def _attend(one: _Round, v_GD: Tensor, seen: _Seen | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    one: _Round, q_GD: Tensor, keys_GD: Tensor, values_GD: Tensor, seen: _Seen | None
+) -> tuple[Tensor, Tensor]:
     """One round's output (G, D) and its log2 of the sum of exponentials (G, 1), row by row."""
     kernel = one.kernel
-    padded_values = kernel.pad(v_GD.index_select(0, one.keys.row_S).to(kernel.low))
-    out_SD, lse_S1 = torch.empty_like(one.q_SD), torch.empty_like(one.q_SD[:, :1])
-    for chunks, slots in kernel.blocks(len(one.q_SD)):
-        scores = one.scores(chunks, slots, seen)
+    out_SD, lse_S1 = q_GD.new_empty(one.slots, kernel.head_dim), q_GD.new_empty(one.slots, 1)
+    for chunks, slots in kernel.blocks(one.slots):
+        q, keys = one.of_queries(q_GD, slots), one.of_windows(keys_GD, chunks)
+        scores = one.scores(q, keys, chunks, slots, seen)
         peak = scores.amax(-1, keepdim=True)
         weight = scores.sub_(peak).exp2_()
         total = weight.sum(-1, keepdim=True)
-        out = kernel.product(weight, kernel.windows(padded_values, chunks)).div_(total)
+        out = kernel.product(weight, one.of_windows(values_GD, chunks)).div_(total)
         out_SD[slots] = out.flatten(0, 1)
         lse_S1[slots] = peak.add_(total.log2_()).flatten(0, 1)
     return out_SD.index_select(0, one.queries.slot_G), lse_S1.index_select(0, one.queries.slot_G)
 
 
-def _attend_backward(
-    one: _Round, v_GD: Tensor, grad_GD: Tensor, along_G1: Tensor, lse_G1: Tensor, seen: _Seen | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One round's share (G, D) of the gradients at the queries, the scaled keys and the values.
+class _Known(NamedTuple):
+    """What the backward pass of some heads knows of every row."""
+
+    q_GD: Tensor
+    keys_GD: Tensor
+    values_GD: Tensor
+    grad_GD: Tensor
+    along_G1: Tensor
+    """The gradient's product with the output."""
+    lse_G1: Tensor
+
+
+def _attend_backward(one: _Round, known: _Known, seen: _Seen | None, totals: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Adds one round's share to the gradients (G, D) at the queries, the scaled keys and the values.
 
     Weights are taken against the log-sum-exp of all rounds, so they are the final softmax weights and shares just add.
     Gradients go back to their rows by a gather through the inverse order: no atomics, the same bits every time.
     """
-    kernel = one.kernel
-    padded_values = kernel.pad(v_GD.index_select(0, one.keys.row_S).to(kernel.low))
-    grad_SD, along_S1, lse_S1 = (x.index_select(0, one.queries.row_S) for x in (grad_GD, along_G1, lse_G1))
-    grad_q_SD = torch.empty_like(one.q_SD)
-    grad_keys, grad_values = (torch.zeros_like(one.padded_keys) for _ in range(2))
-    for chunks, slots in kernel.blocks(len(grad_SD)):
-        weight = one.scores(chunks, slots, seen).sub_(kernel.by_chunk(lse_S1[slots])).exp2_()
-        grad_out = kernel.by_chunk(grad_SD[slots])
+    kernel, width = one.kernel, known.q_GD.shape[1]
+    grad_q_SD = known.q_GD.new_empty(one.slots, width)
+    grad_keys, grad_values = (known.q_GD.new_zeros(len(one.padded_rows), width) for _ in range(2))
+    for chunks, slots in kernel.blocks(one.slots):
+        q, keys = one.of_queries(known.q_GD, slots), one.of_windows(known.keys_GD, chunks)
+        weight = one.scores(q, keys, chunks, slots, seen).sub_(one.of_queries(known.lse_G1, slots)).exp2_()
+        grad_out = one.of_queries(known.grad_GD, slots)
         _fold(kernel, grad_values, kernel.product(weight.mT, grad_out), chunks)
-        grad_scores = kernel.product(grad_out, kernel.windows(padded_values, chunks).mT)
-        grad_scores.sub_(kernel.by_chunk(along_S1[slots])).mul_(weight)
-        _fold(kernel, grad_keys, kernel.product(grad_scores.mT, kernel.by_chunk(one.q_SD[slots])), chunks)
-        grad_q_SD[slots] = kernel.product(grad_scores, kernel.windows(one.padded_keys, chunks)).flatten(0, 1)
-    inner = slice(kernel.back * kernel.chunk, kernel.back * kernel.chunk + len(grad_SD))
-    slot_of_key = one.keys.slot_G
-    return (
-        grad_q_SD.index_select(0, one.queries.slot_G),
-        grad_keys[inner].index_select(0, slot_of_key),
-        grad_values[inner].index_select(0, slot_of_key),
-    )
+        grad_scores = kernel.product(grad_out, one.of_windows(known.values_GD, chunks).mT)
+        grad_scores.sub_(one.of_queries(known.along_G1, slots)).mul_(weight)
+        _fold(kernel, grad_keys, kernel.product(grad_scores.mT, q), chunks)
+        grad_q_SD[slots] = kernel.product(grad_scores, keys).flatten(0, 1)
+    first = kernel.back * kernel.chunk
+    totals[0].add_(grad_q_SD.index_select(0, one.queries.slot_G))
+    totals[1].add_(grad_keys.index_select(0, one.keys.slot_G + first))
+    totals[2].add_(grad_values.index_select(0, one.keys.slot_G + first))
 
 
 def _fold(kernel: _Kernel, padded: Tensor, windows: Tensor, chunks: slice) -> None:

@@ -1,0 +1,103 @@
+"""What many tests share: a cache of their own, the shared corpora, and a small real corpus that any machine can make."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = Path(os.environ.get("DSTRAIN_DATA") or ROOT.parent / "shared" / "data")
+
+# One thread per process: tests start several processes on machines with few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor fill the user's cache of tokenised text."""
+    before = os.environ.get("DSTRAIN_CACHE")
+    os.environ["DSTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["DSTRAIN_CACHE"]
+    else:
+        os.environ["DSTRAIN_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real corpora beside the project."""
+    if not (SHARED_DATA / "README.md").exists():
+        pytest.skip(f"no corpora at {SHARED_DATA}; set DSTRAIN_DATA")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train, validation and test CSV: 120 docstrings of the standard library, classes `text` and `net`."""
+    import argparse
+    import email.message
+    import http.client
+    import pathlib
+    import string
+    import textwrap
+    import urllib.request
+
+    families = {"text": (string, textwrap, argparse, pathlib), "net": (email.message, http.client, urllib.request)}
+    rows = []
+    for label, modules in families.items():
+        texts = [text for module in modules for text in _docstrings(module)]
+        assert len(texts) >= 60
+        rows += [(text, label) for text in texts[:60]]
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, chosen in {"train": rows[0::2], "validation": rows[1::4], "test": rows[3::4]}.items():
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("text", "label"), *chosen])
+    return folder
+
+
+def _docstrings(module: Any) -> list[str]:
+    """The longer docstrings of a module, its classes and their methods, in a fixed order."""
+    found = {}
+    for name, value in sorted(vars(module).items()):
+        members = [(name, value), *(sorted(vars(value).items()) if inspect.isclass(value) else [])]
+        for inner, member in members:
+            doc = inspect.getdoc(member) if callable(member) else None
+            if doc and len(doc) > 40:
+                found.setdefault(doc, inner)
+    return list(found)
+
+
+def tiny_run(corpus: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A `base` of two stages (mlm, classify) that trains in a second or two; `changes` are dotted addresses with `__`."""
+    from dstrain.schema import set_path
+
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "output_dir": str(output_dir),
+        "vocabulary": {"size": 300},
+        "encoder": {
+            "preset": "bert_tiny", "num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "qkv_size": 32,
+            "attention": {"kind": "sdpa"},
+        },
+        "stages": {
+            "pretrain": {
+                "objective": {"kind": "mlm"}, "corpus": {"path": str(corpus), "labelled": False}, "max_length": 64,
+                "tokens_per_batch": 512, "steps": 6, "report_every": 3, "evaluate_every_steps": 3, "optim": {"lr": 3e-3},
+            },
+            "finetune": {
+                "objective": {"kind": "classify"}, "corpus": {"path": str(corpus)}, "max_length": 64, "tokens_per_batch": 512,
+                "steps": 8, "report_every": 2, "evaluate_every_steps": 4, "optim": {"lr": 3e-3},
+            },
+        },
+        "tracking": {"enabled": False},
+    }  # fmt: skip
+    for address, value in changes.items():
+        set_path(tree, address.replace("__", "."), value)
+    return tree
