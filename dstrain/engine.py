@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -163,9 +163,9 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
 
 
 def leave_ranks() -> None:
-    """Ends the process group, so that the interpreter can exit without complaint."""
+    """Ends the process group, so that the interpreter can exit without complaint and another run may join anew."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        _deepspeed().comm.destroy_process_group()  # torch's own would leave DeepSpeed holding a group that is gone
 
 
 def _deepspeed() -> Any:
@@ -188,6 +188,8 @@ def _deepspeed() -> Any:
     finally:
         if hidden:
             del sys.modules["mlflow"]
+    # It calls torch's collectives by names that torch renames, and Python would tell so again at every step.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
@@ -219,6 +221,8 @@ class Engine:
         self._stage = plan["zero_optimization"]["stage"]
         self._norm: Tensor | float = float("nan")
         self._names = [name for name, _ in task.named_parameters()]
+        # At stage 0 in bf16 DeepSpeed takes a step with zero gradients to allocate the moments, and AdamW counts it.
+        self._begin_anew(lambda group: True)
 
     @property
     def task(self) -> nn.Module:
@@ -238,7 +242,7 @@ class Engine:
         self._ds.backward(loss * self.ranks.world, scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
-        """Counts a micro-batch; at the last one of a step, clips, updates with learning rate `lr` and zeroes gradients."""
+        """Counts a micro-batch; at a step's last one clips, updates with learning rate `lr` and zeroes gradients."""
         if self._ds.is_gradient_accumulation_boundary():
             set_lr(self._ds.optimizer, lr)
             self._keep_norm()
@@ -246,7 +250,9 @@ class Engine:
             self._ds.step()
         except Exception as error:
             if "minimum" in str(error):  # what DeepSpeed raises when halving the loss scale no longer helps
-                raise Diverged(f"fp16 overflows at its smallest loss scale ({error}); lower the learning rate, or take bf16 or fp32") from error
+                raise Diverged(
+                    f"fp16 overflows at its smallest loss scale ({error}); lower the learning rate, or take bf16, fp32"
+                ) from error
             raise
 
     def _keep_norm(self) -> None:
@@ -262,11 +268,15 @@ class Engine:
                 group["lr_scale"] = scale
 
     def restart_moments(self, name: str) -> None:
-        """Makes AdamW forget its step count for the groups called `name`, whose moments are still zero.
+        """Makes AdamW begin anew, moments and step count, for the groups called `name`.
 
         ZeRO keeps one flat state for a whole group and counts its steps even while every gradient is zero. Without
-        this the bias correction would be missing, and a thawed layer's first updates three times too large.
+        this the bias correction would be missing, and a thawed layer's first updates three times too large. Moments
+        are there too when a frozen table served as tied output weights.
         """
+        self._begin_anew(lambda group: group.get("name") == name)
+
+    def _begin_anew(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         wrapper = self._ds.optimizer
         inner = getattr(wrapper, "optimizer", wrapper)
         if self._stage == 3:
@@ -274,14 +284,16 @@ class Engine:
             masters = [
                 master
                 for number, master in enumerate(wrapper.fp32_partitioned_groups_flat)
-                if inner.param_groups[group_of[number]].get("name") == name
+                if wanted(inner.param_groups[group_of[number]])
             ]
         else:
-            masters = [master for group in inner.param_groups if group.get("name") == name for master in group["params"]]
+            masters = [master for group in inner.param_groups if wanted(group) for master in group["params"]]
         for master in masters:
-            state = inner.state.get(master, {})
-            if "step" in state:
-                state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
+            for key, value in inner.state.get(master, {}).items():
+                if isinstance(value, Tensor):
+                    value.zero_()
+                else:
+                    inner.state[master][key] = 0
 
     @property
     def grad_norm(self) -> float:
@@ -307,13 +319,22 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         state: dict[str, Tensor] = {}
+        masters = self._unlinked_masters()
         for name, parameter in self._ds.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            state[name] = (parameter if full is None else full).detach().to("cpu", torch.float32, copy=True).contiguous()
+            full = masters.get(parameter, safe_get_full_fp32_param(parameter))
+            full = parameter if full is None else full
+            state[name] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
         for name, buffer in self._ds.module.named_buffers():
             if name in self._persistent_buffers():
                 state[name] = buffer.detach().to("cpu", copy=True).contiguous()
         return state
+
+    def _unlinked_masters(self) -> dict[Tensor, Tensor]:
+        """By parameter: the fp32 copies at stage 0 in 16 bits, which DeepSpeed does not link to the parameters."""
+        wrapper = self._ds.optimizer
+        low, high = getattr(wrapper, "fp16_groups", []), getattr(wrapper, "fp32_groups", [])
+        pairs = (pair for group in zip(low, high, strict=False) for pair in zip(*group, strict=True))
+        return dict(pairs)
 
     def _persistent_buffers(self) -> set[str]:
         # state_dict() leaves out non-persistent buffers; it is cheap here because it only makes views
@@ -326,7 +347,8 @@ class Engine:
             if mine:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.parent.mkdir(parents=True, exist_ok=True)
-        self._ds.save_checkpoint(str(draft), tag="engine", client_state={"progress": json.dumps(state)}, save_latest=False)
+        client_state = {"progress": json.dumps(state)}  # as text: a JSON number comes back bit for bit
+        self._ds.save_checkpoint(str(draft), tag="engine", client_state=client_state, save_latest=False)
         with self.ranks.first() as mine:
             if mine:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -334,13 +356,20 @@ class Engine:
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restores what `save` wrote and returns its state. Collective. Raises UserError when it can't be read."""
+        saved_by = len(list((folder / "engine").glob("*_optim_states.pt")))  # none at stage 0, where ranks are alike
+        if saved_by not in (0, self.ranks.world):
+            raise UserError(
+                f"{folder}: this checkpoint was saved by {saved_by} ranks, and now there are {self.ranks.world}; "
+                "start with as many ranks as before"
+            )
         try:
-            path, client = self._ds.load_checkpoint(str(folder), tag="engine", load_module_strict=True)
+            _, client = self._ds.load_checkpoint(str(folder), tag="engine", load_module_strict=True)
+            return dict(json.loads(client["progress"]))
         except Exception as error:
-            raise UserError(f"{folder}: this checkpoint cannot be read ({error}); remove the folder to use an older one") from error
-        if path is None:
-            raise UserError(f"{folder}: holds no checkpoint for {self.ranks.world} ranks; start with as many ranks as before")
-        return dict(json.loads(client["progress"]))
+            raise UserError(
+                f"{folder}: this checkpoint cannot be read ({str(error) or type(error).__name__}); "
+                "remove the folder to train its stage anew"
+            ) from error
 
     def close(self) -> None:
         """Frees the optimizer's hooks and buffers."""

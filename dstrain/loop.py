@@ -9,8 +9,8 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -77,8 +77,8 @@ class StageSettings(Settings):
     def _fits(self) -> StageSettings:
         if self.max_length > self.tokens_per_batch:
             raise ValueError(
-                f"max_length {self.max_length} is more than tokens_per_batch {self.tokens_per_batch}: one document would "
-                "not fit in a micro-batch; lower the one or raise the other"
+                f"max_length {self.max_length} is more than tokens_per_batch {self.tokens_per_batch}: one document "
+                "would not fit in a micro-batch; lower the one or raise the other"
             )
         return self
 
@@ -129,6 +129,17 @@ class Course:
     def total_steps(self) -> int:
         """Optimizer steps of the stage."""
         return self._stage.steps or self._first_steps[-1]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about what is not read."""
+        if not self.left_out:
+            return []
+        epochs = len(self._first_steps) - 1
+        return [
+            f"train: {self.left_out} of {epochs * len(self._lengths)} sequences (over {epochs} epochs) are in no step: "
+            f"an epoch is whole steps of {self._group} micro-batches (ranks x accumulation); which ones differs by epoch"
+        ]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -229,8 +240,8 @@ class Site:
 
 
 def fit(
-    engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, site: Site, report: Report,
-    stop: threading.Event | None = None,
+    engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, course: Course, site: Site,
+    report: Report, stop: threading.Event | None = None,
 ) -> Progress:  # fmt: skip
     """Trains one stage to its end, from its checkpoint where there is one.
 
@@ -238,9 +249,11 @@ def fit(
     in the stage's folder. Raises Interrupted after saving when `stop` is set, Diverged when the loss is not a number.
     """
     ranks, split, checkpoint = engine.ranks, corpus.splits["train"], site.folder / "checkpoint"
-    course = Course(split.lengths, stage, site.seed, ranks.world * stage.accumulation)
-    progress = Progress(**engine.load(checkpoint)) if checkpoint.exists() else Progress()
+    saved = engine.load(checkpoint) if checkpoint.exists() else {}
+    progress = Progress(**saved["progress"]) if saved else Progress()
     meter = Meter(site.name, course, objective, engine, stage, progress)
+    if saved:
+        meter.restore(saved["unreported"])
     hold_still(engine, stage, frozen=progress.step < course.thaw_step)
     for mine in prepared(course, split, objective, ranks, range(progress.step, course.total_steps)):
         if mine.step == course.thaw_step and course.thaw_step:
@@ -250,7 +263,7 @@ def fit(
         progress = replace(progress, step=mine.step + 1, tokens=progress.tokens + mine.tokens)
         due = course.due(progress.step)
         asked = stop is not None and stop.is_set() and (due.report or ranks.world == 1)
-        if due.report or asked:  # ranks may only act together, and reports are where they meet
+        if due.report:  # ranks may only act together, and reports are where they meet
             progress = meter.report(progress, report)
             asked = bool(ranks.agree(asked))
         with meter.paused():
@@ -259,7 +272,7 @@ def fit(
             if progress.stopped or due.end:
                 return replace(progress, stopped=progress.stopped or "finished")
             if asked or due.checkpoint:
-                engine.save(checkpoint, asdict(progress))
+                engine.save(checkpoint, {"progress": asdict(progress), "unreported": meter.unreported()})
             if asked:
                 raise Interrupted(f"saved {site.name} at step {progress.step}")
     return replace(progress, stopped="finished")  # resumed after its last step
@@ -299,17 +312,30 @@ def judge(
     figures = evaluate(engine, objective, corpus.splits["valid"], stage.tokens_per_batch, engine.ranks)
     metric, mode = stage.selection
     value = figures[metric]
-    better = progress.best is None or (value > progress.best + stage.min_delta if mode == "max" else value < progress.best - stage.min_delta)
-    if better and not math.isnan(value):
+    if progress.best is None:
+        better = not math.isnan(value)
+    else:
+        gain = value - progress.best if mode == "max" else progress.best - value
+        better = gain > stage.min_delta  # never so for a nan
+    if better:
         keep(engine, best_file)
         progress = replace(progress, best=value, best_step=progress.step, stale=0)
     else:
         progress = replace(progress, stale=progress.stale + 1)
+    ends = progress.step == total_steps or bool(stage.patience and progress.stale >= stage.patience)
     report(Reading(site.name, "valid", progress.step, total_steps, progress.tokens, progress.seconds, figures))
-    if stage.patience and progress.stale >= stage.patience:
-        reason = f"no better {metric} in {stage.patience} evaluations (best {progress.best:.4g} at step {progress.best_step})"
-        progress = replace(progress, stopped=reason)
+    if ends and progress.best is None:
+        raise diverged(site.name, stage, f"valid/{metric} was never a number, up to step {progress.step}")
+    if ends and progress.step < total_steps:
+        best = f"best {progress.best:.4g} at step {progress.best_step}"
+        progress = replace(progress, stopped=f"no better {metric} in {stage.patience} evaluations ({best})")
     return progress
+
+
+def diverged(name: str, stage: StageSettings, what: str) -> Diverged:
+    """What to say when a stage has no more numbers to go on with."""
+    way_out = f"lower stages.{name}.optim.lr ({stage.optim.lr:g}), lengthen its warmup, or train in fp32"
+    return Diverged(f"{name}: {what}; {way_out}")
 
 
 def keep(engine: Engine, file: Path) -> None:
@@ -367,6 +393,16 @@ class Meter:
         self._seconds = 0.0
         self._since = time.perf_counter()
 
+    def unreported(self) -> dict[str, Any]:
+        """What was counted since the last report, for a checkpoint between two of them (on one rank: see `fit`)."""
+        return {"since": asdict(self._reported), "sums": self.tally.sums.tolist(), "seconds": self._seconds}
+
+    def restore(self, unreported: dict[str, Any]) -> None:
+        """Goes on counting where `unreported` was asked."""
+        self._reported = Progress(**unreported["since"])
+        self.tally.sums += torch.tensor(unreported["sums"], dtype=torch.float64, device=self.tally.sums.device)
+        self._seconds = unreported["seconds"]
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Stops the clock: what happens inside is not training."""
@@ -393,12 +429,10 @@ class Meter:
         if engine.loss_scale != 1.0 or engine.skipped_steps:
             figures |= {"loss_scale": engine.loss_scale, "skipped_steps": float(engine.skipped_steps)}
         self._start(progress)
-        report(
-            Reading(self._name, "train", progress.step, self._course.total_steps, progress.tokens, progress.seconds, figures)
-        )
-        if math.isnan(figures["loss"]) and not engine.skipped_steps:
-            raise Diverged(
-                f"{self._name}: the loss is not a number at step {progress.step}; lower stages.{self._name}.optim.lr "
-                f"({self._stage.optim.lr:g}), lengthen its warmup, or train in fp32"
-            )
+        total = self._course.total_steps
+        report(Reading(self._name, "train", progress.step, total, progress.tokens, progress.seconds, figures))
+        # DeepSpeed skips a step without a finite gradient in any precision; only fp16's loss scale can make the next better
+        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
+        if broken and engine.loss_scale == 1.0:
+            raise diverged(self._name, self._stage, f"{broken[0]} is not a number at step {progress.step}")
         return progress

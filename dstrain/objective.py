@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,13 +21,16 @@ from dstrain.metrics import CountTally, DocumentTally, Tally
 from dstrain.model.encoder import Encoder, EncoderSettings
 from dstrain.model.heads import ClassificationHead, MlmHead, Pooler, Pooling
 from dstrain.packed import Batch, Sequences
-from dstrain.schema import Settings, UserError, setting
+from dstrain.schema import Settings, setting
 
 
 class Objective(Protocol):
     """One way of learning from a corpus."""
 
-    head: nn.Module
+    @property
+    def head(self) -> nn.Module:
+        """What the encoder's vectors go into."""
+        ...
 
     def batch(self, split: TokenSplit, sequences: np.ndarray, epoch: int) -> Batch:
         """The packed micro-batch of these sequences, on the CPU; epoch -1 is evaluation."""
@@ -82,10 +85,14 @@ class MlmSettings(Settings):
     metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "accuracy")
     selection: ClassVar[tuple[str, str]] = ("loss", "min")
 
+    @model_validator(mode="after")
+    def _shares(self) -> MlmSettings:
+        if self.mask_share + self.random_share > 1 + 1e-9:
+            raise ValueError(f"mask_share {self.mask_share} and random_share {self.random_share} are more than 1 together; lower one")
+        return self
+
     def build(self, corpus: Corpus, vocabulary: Vocabulary, encoder: EncoderSettings, seed: int) -> Mlm:
         """The objective over a vocabulary; the corpus needs no labels."""
-        if self.mask_share + self.random_share > 1:
-            raise UserError(f"objective: mask_share {self.mask_share} and random_share {self.random_share} are more than 1 together; lower one")
         return Mlm(self, vocabulary, encoder, seed)
 
 

@@ -60,25 +60,25 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
         watch.say(f"{folder}: already finished")
         return Outcome(**json.loads((folder / "outcome.json").read_text()))
     vocabulary = run_vocabulary(settings, watch.say)
+    ready = make_ready(settings, vocabulary, precision, ranks, watch.say)
     with ranks.first() as mine:
         if mine:
             leave_evidence(settings, vocabulary, ranks)
     outcome, first_step, weights, task = Outcome(), 0, None, None
     noted: set[str] = set()
     for name, stage in settings.stages.items():
-        corpus = stage_corpus(stage, vocabulary, watch.say)
-        for note in corpus.notes:
+        corpus, objective = ready[name].corpus, ready[name].objective
+        for note in ready[name].notes:
             if note not in noted:
                 noted.add(note)
                 watch.say(f"{name}: {note}")
-        objective = stage.objective.build(corpus, vocabulary, settings.encoder, settings.seed)
         task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective)
         site = Site(name, folder / "stages" / name, first_step, settings.seed)
         inherit(task, starting_weights(stage, weights), watch.say, site.name)
         if first_step == 0:
             watch.tag(facts(task, precision, ranks))
             watch.say(f"{precision.reason}; attention: {task.encoder.kernel}")
-        progress = finished(site) or train(settings, stage, task, objective, corpus, site, precision, ranks, watch)
+        progress = finished(site) or train(stage, ready[name], task, site, ranks, watch)
         weights = read_weights(site.folder / "best.safetensors")
         first_step += progress.step
         outcome.stopped[name], outcome.best[name] = progress.stopped, progress.best
@@ -95,24 +95,65 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
     return outcome
 
 
-def train(
-    settings: RunSettings, stage: StageSettings, task: Task, objective: Objective, corpus: Corpus, site: Site,
-    precision: Precision, ranks: Ranks, watch: Watch,
-) -> Progress:  # fmt: skip
+def train(stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ranks, watch: Watch) -> Progress:
     """One stage on a DeepSpeed engine of its own."""
-    plan = stage_plan(settings, stage, precision, ranks)
     with ranks.first() as mine:
         if mine:
-            write_whole(site.folder / "ds_config.json", json.dumps(plan, indent=1))
-    engine = Engine(task, build_optimizer(groups(task, stage), stage.optim, ranks.device), plan, ranks)
+            write_whole(site.folder / "ds_config.json", json.dumps(ready.plan, indent=1))
+    optimizer = build_optimizer(groups(task, stage), stage.optim, ranks.device)
+    engine = Engine(task, optimizer, ready.plan, ranks)
     try:
-        progress = fit(engine, objective, corpus, stage, site, watch.report, watch.stop)
+        progress = fit(engine, ready.objective, ready.corpus, stage, ready.course, site, watch.report, watch.stop)
     finally:
         engine.close()
     with ranks.first() as mine:
         if mine:
             write_whole(site.folder / "done.json", json.dumps(asdict(progress)))
     return progress
+
+
+# ----------------------------------------------------------------------------------------------- before training
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A stage of which everything that a user could have got wrong was found right."""
+
+    corpus: Corpus
+    objective: Objective
+    plan: dict[str, Any]
+    course: Course
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the text is not read, and why."""
+        return [*self.corpus.notes, *self.course.notes]
+
+
+def make_ready(
+    settings: RunSettings, vocabulary: Vocabulary, precision: Precision, ranks: Ranks, say: Say
+) -> dict[str, Ready]:
+    """Text, labels, steps, DeepSpeed plan and starting weights of every stage, before the first one trains.
+
+    Raises UserError with the mistakes of all stages.
+    """
+    ready: dict[str, Ready] = {}
+    problems: list[str] = []
+    for name, stage in settings.stages.items():
+        try:
+            plan = stage_plan(settings, stage, precision, ranks)
+            corpus = stage_corpus(stage, vocabulary, say)
+            objective: Objective = stage.objective.build(corpus, vocabulary, settings.encoder, settings.seed)
+            course = Course(corpus.splits["train"].lengths, stage, settings.seed, ranks.world * stage.accumulation)
+            if (given := starting_weights(stage, None)) is not None:
+                own = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective).state_dict()
+                same_encoder(own, given, name)
+            ready[name] = Ready(corpus, objective, plan, course)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))  # two stages on one broken file are one mistake
+    return ready
 
 
 def stage_plan(settings: RunSettings, stage: StageSettings, precision: Precision, ranks: Ranks) -> dict[str, Any]:
@@ -180,7 +221,28 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: cannot be read as weights ({error}); train the stage again or restore the file") from None
+        way_out = "train the stage again or restore the file"
+        raise UserError(f"{file}: cannot be read as weights ({error}); {way_out}") from None
+
+
+def same_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], stage: str) -> set[str]:
+    """The names of an encoder's weights. Raises UserError when the given weights are of another encoder."""
+    encoder = {name for name in own if name.startswith("encoder.")}
+    given = {name for name in weights if name.startswith("encoder.")}
+    problems = [f"missing {name}" for name in sorted(encoder - given)]
+    problems += [f"unknown {name}" for name in sorted(given - encoder)]
+    problems += [
+        f"{name} {tuple(own[name].shape)} != {tuple(weights[name].shape)}"
+        for name in sorted(encoder & given)
+        if own[name].shape != weights[name].shape
+    ]
+    if problems:
+        shown = ", ".join(problems[:4]) + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise UserError(
+            f"stages.{stage}.starts_from: those weights are of another encoder ({shown}); "
+            "give it the same encoder settings, or starts_from: scratch"
+        )
+    return encoder
 
 
 def inherit(task: Task, weights: dict[str, Tensor] | None, say: Say, stage: str) -> None:
@@ -188,13 +250,7 @@ def inherit(task: Task, weights: dict[str, Tensor] | None, say: Say, stage: str)
     if weights is None:
         return
     own = task.state_dict()
-    encoder = {name for name in own if name.startswith("encoder.")}
-    given = {name for name in weights if name.startswith("encoder.")}
-    unlike = [f"{name} {tuple(own[name].shape)} != {tuple(weights[name].shape)}" for name in sorted(encoder & given) if own[name].shape != weights[name].shape]
-    problems = [f"missing {name}" for name in sorted(encoder - given)] + [f"unknown {name}" for name in sorted(given - encoder)] + unlike
-    if problems:
-        shown = ", ".join(problems[:4]) + (f" and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise UserError(f"stages.{stage}.starts_from: those weights are of another encoder ({shown}); give it the same encoder settings, or starts_from: scratch")
+    encoder = same_encoder(own, weights, stage)
     head = {name for name in own if not name.startswith("encoder.")}
     same_head = all(name in weights and weights[name].shape == own[name].shape for name in head)
     taken = encoder | (head if same_head else set())
@@ -206,19 +262,23 @@ def inherit(task: Task, weights: dict[str, Tensor] | None, say: Say, stage: str)
 
 
 def claim(settings: RunSettings) -> None:
-    """Makes the run folder, or checks that the one there belongs to a run with these very settings."""
+    """Makes the run folder, or checks that the one there belongs to a run with these very settings.
+
+    A folder in which no stage has begun is taken over: a mistake in the data or the settings can be put right.
+    """
     file = settings.folder / "settings.yaml"
     wanted = dump_yaml({"base": plain(settings)})
-    if not file.exists():
+    if not file.exists() or not (settings.folder / "stages").exists():
         write_whole(file, wanted)
         return
     there = file.read_text(encoding="utf-8")
     if there != wanted:
         import difflib
 
-        changes = [line for line in difflib.unified_diff(there.splitlines(), wanted.splitlines(), lineterm="", n=0) if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+        lines = difflib.unified_diff(there.splitlines(), wanted.splitlines(), lineterm="", n=0)
+        changes = [" ".join(line.split()) for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
         raise UserError(
-            f"{settings.folder}: holds a run with other settings ({'; '.join(' '.join(line.split()) for line in changes[:6])}); "
+            f"{settings.folder}: holds a run with other settings ({'; '.join(changes[:6])}); "
             "give this one another name=..., or start over with --resume never"
         )
 
@@ -240,8 +300,8 @@ def leave_evidence(settings: RunSettings, vocabulary: Vocabulary, ranks: Ranks) 
 
 def run_files(folder: Path) -> list[Path]:
     """The small files of a run folder that are worth an artifact."""
-    patterns = ("settings.yaml", "environment.txt", "code.diff", "readings.jsonl", "failure.txt", "stages/*/ds_config.json")
-    return [file for pattern in patterns for file in sorted(folder.glob(pattern))]
+    names = ("settings.yaml", "environment.txt", "code.diff", "readings.jsonl", "failure.txt", "stages/*/ds_config.json")
+    return [file for name in names for file in sorted(folder.glob(name))]
 
 
 def finished(site: Site) -> Progress | None:
@@ -297,13 +357,13 @@ def forecast(settings: RunSettings, world: int, device: torch.device, say: Say) 
     precision = choose(settings.precision, device)
     vocabulary = run_vocabulary(settings, say)
     found = []
-    for name, stage in settings.stages.items():
-        plan = stage_plan(settings, stage, precision, ranks)
-        corpus = stage_corpus(stage, vocabulary, say)
-        objective = stage.objective.build(corpus, vocabulary, settings.encoder, settings.seed)
-        task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective)
-        lengths = corpus.splits["train"].lengths
-        course = Course(lengths, stage, settings.seed, world * stage.accumulation)
+    for name, ready in make_ready(settings, vocabulary, precision, ranks, say).items():
+        task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), ready.objective)
         parameters = sum(parameter.numel() for parameter in task.parameters())
-        found.append(StageForecast(name, len(lengths), int(lengths.sum()), course.total_steps, parameters, plan, corpus.notes))
+        lengths = ready.corpus.splits["train"].lengths
+        found.append(
+            StageForecast(
+                name, len(lengths), int(lengths.sum()), ready.course.total_steps, parameters, ready.plan, ready.notes
+            )
+        )
     return found

@@ -10,12 +10,12 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 
@@ -27,6 +27,15 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are refused, values are frozen, docstrings under fields become `--explain`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, given: Any) -> Any:
+        """pydantic takes `true` for a 1; as a word it is refused where a number is asked for, and told as a mistake."""
+        if not isinstance(given, dict):
+            return given
+        counts = {name for name, field in cls.model_fields.items() if {int, float} & {*_arguments(field.annotation)}}
+        return {name: str(value).lower() if isinstance(value, bool) and name in counts else value for name, value in given.items()}
 
 
 def setting(default: Any = ..., *, unit: str = "", **bounds: Any) -> Any:
@@ -43,6 +52,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *defaults`
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, (list, dict)):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
@@ -54,26 +65,54 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        """YAML 1.2: 010 is ten, 0o10 eight and 0x10 sixteen."""
+        word = node.value.replace("_", "")
+        return int(word, 0 if word[:2].lower() in ("0x", "0o") else 10)
+
+
+_INT, _FLOAT, _BOOL = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool"))
+_WORDS = {
+    _INT: (r"[-+]?\d[\d_]*|0x[0-9a-fA-F]+|0o[0-7]+", "-+0123456789"),
+    _FLOAT: (
+        r"[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    _BOOL: (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+}
+"""What YAML 1.2 (and PyYAML not) takes for a number or a truth value, and the characters these begin with."""
+_YAML_1_1 = (_INT, _FLOAT, _BOOL, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
+
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_1_1]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or 1.2 would take for something else, so that any reader reads it back."""
+
+    def represent_text(self, text: str) -> yaml.Node:
+        """Unicode's line breaks are escaped; PyYAML would write them as they are and read back a space."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if set(text) & set("\x85\u2028\u2029") else None)
+
+_Loader.add_constructor(_INT, _Loader.construct_int)
+_Dumper.add_representer(str, _Dumper.represent_text)
+for _tag_name, (_pattern, _first) in _WORDS.items():
+    for _reader_or_writer in (_Loader, _Dumper):
+        _reader_or_writer.add_implicit_resolver(_tag_name, re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """The value that `text` stands for; `source` names it in the error. Raises UserError."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if problem.startswith("but "):  # the second half of PyYAML's sentence
+            problem = f"{getattr(error, 'context', None)}, {problem}"
         raise UserError(f"{source}:{place} not readable as YAML: {problem}") from None
 
 
@@ -93,7 +132,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
     """YAML text that `parse_yaml` reads back as the same tree, keys in the order given."""
-    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(_plain(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def _plain(value: Any) -> Any:
@@ -120,7 +159,7 @@ def set_path(tree: dict[str, Any], address: str, value: Any) -> None:
         inner = tree.setdefault(parent, {})
         if not isinstance(inner, dict):
             inside = ".".join(parents[: depth + 1])
-            raise UserError(f"{address}: {inside} is {inner!r}, which has no settings inside")
+            raise UserError(f"{address}: {inside} is {_short(inner)}, which has no settings inside; set {inside} itself, or name another")
         tree = inner
     if last == "kind" and tree.get("kind", value) != value:
         tree.clear()
@@ -159,13 +198,30 @@ def complain(source: str, problems: Iterable[Problem]) -> UserError:
     return UserError("\n".join(f"{source}: {p.address}: {p.sentence}" if p.address else f"{source}: {p.sentence}" for p in problems))
 
 
+def together(*attempts: Callable[[], Any]) -> list[Any]:
+    """The result of each attempt; when some raise UserError, one UserError with each of their sentences once."""
+    results: list[Any] = []
+    sentences: list[str] = []
+    for attempt in attempts:
+        try:
+            results.append(attempt())
+        except UserError as error:
+            sentences += str(error).splitlines()
+    if sentences:
+        raise UserError("\n".join(dict.fromkeys(sentences)))
+    return results
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, or the list of what there is when nothing is near."""
     names = sorted(set(known))
-    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; there are {', '.join(names)}" if names else ""
+    listed = f"; there {'is' if len(names) == 1 else 'are'} {', '.join(names)}" if names else ""
+    return _nearest(word, names) or listed
+
+
+def _nearest(word: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word), list(names), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 S = typing.TypeVar("S", bound=Settings)
@@ -190,29 +246,53 @@ def unique(problems: Iterable[Problem]) -> list[Problem]:
     return list(dict.fromkeys(problems))
 
 
+_MUST_BE = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text (put it in quotes)",
+    "path": "a path (put it in quotes)",
+    "dict": "a mapping",
+    "tuple": "a list",
+    "list": "a list",
+}
+"""In words of YAML, what pydantic's errors `int_type`, `int_parsing`, `int_from_float`, ... ask for."""
+
+
 def _problem(root: type[Settings], error: ErrorDetails, prefix: str) -> Problem:
     words, owner = _locate(root, error["loc"])
     address = prefix + ".".join(words)
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
+    field = owner.model_fields.get(words[-1]) if owner and words else None
+    tags = sorted(tag for tag, _ in kinds_of(field.annotation)) if field else []
+    if kind in ("extra_forbidden", "invalid_key"):
         known = owner.model_fields if owner else ()
         return Problem(address, f"no such setting{did_you_mean(words[-1], known)}")
     if kind == "missing":
         return Problem(address, "is missing and has no default; give it a value")
     if kind == "union_tag_invalid":
-        choices = [choice.strip(" '") for choice in str(context["expected_tags"]).split(",")]
-        return Problem(f"{address}.kind", f"{context['tag']!r} is not a kind there is{did_you_mean(context['tag'], choices)}")
+        return Problem(f"{address}.kind", f"{context['tag']!r} is not a kind there is{did_you_mean(context['tag'], tags)}")
     if kind == "union_tag_not_found":
-        return Problem(f"{address}.kind", f"is missing: {_short(value)} does not say which kind it is")
+        return Problem(f"{address}.kind", f"is missing: {_short(value)} does not say which kind it is; there are {', '.join(tags)}")
+    if kind == "model_attributes_type":
+        example = value if value in tags else tags[0]
+        return Problem(address, f"is {_short(value)}; it takes a mapping that says its kind, such as {{kind: {example}}}")
     if kind == "literal_error":
         choices = [choice.strip(" '") for choice in re.split(r",| or ", str(context["expected"]))]
-        return Problem(address, f"{value!r} is not one of {context['expected']}{did_you_mean(value, choices) if isinstance(value, str) else ''}")
+        near = _nearest(value, choices) if isinstance(value, str) else ""
+        return Problem(address, f"{_short(value)} is not one of {context['expected']}{near}")
     if kind == "value_error":
         return Problem(address, str(context["error"]))
     if kind == "model_type":
         return Problem(address, f"is {_short(value)}; it takes a mapping of settings")
-    said = error["msg"].removeprefix("Input ").removeprefix("should ")
-    return Problem(address, f"must {said[0].lower() + said[1:]}, but is {_short(value)}")
+    return Problem(address, f"must {_asked(kind, error['msg'])}, but is {_short(value)}")
+
+
+def _asked(kind: str, said: str) -> str:
+    what, _, why = kind.partition("_")
+    if what in _MUST_BE and why in ("type", "parsing", "from_float"):
+        return f"be {_MUST_BE[what]}"
+    return said.rpartition(" should ")[2].partition(" after validation")[0]  # "Tuple should have at most 2 items after ..."
 
 
 def _short(value: Any) -> str:
@@ -230,7 +310,9 @@ def _locate(root: type[Settings], location: tuple[int | str, ...]) -> tuple[list
     here: Any = root
     owner: type[Settings] | None = root
     for word in location:
-        members = {tag: member for tag, member in kinds_of(here)}
+        if word == "[key]":  # pydantic's way to say that the key itself is wrong
+            break
+        members = dict(kinds_of(here))
         if len(members) > 1 and str(word) in members:  # a union's tag is not part of what the user wrote
             here = owner = members[str(word)]
             continue

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from dstrain.loop import Course
 from dstrain.optim import warmup_steps
 from dstrain.rungs import History, NoSchedulerSettings, Rungs, early_cut, open_rungs
 from dstrain.run import run_vocabulary, stage_corpus, write_whole
-from dstrain.schema import UserError, dump_yaml, read_yaml
+from dstrain.schema import UserError, dump_yaml, read_yaml, together
 from dstrain.settings import Document, RunSettings, SearchSettings, load_search, plain, run_settings
 from dstrain.space import Trial, apply, read_space, setting_named
 
@@ -237,8 +237,10 @@ def table(search: Search) -> Any:
 
 def plan_search(document: Document) -> Search:
     """The trials of a search file. Raises UserError with every mistake in its base, its space and its trials."""
-    base = run_settings(document)
-    settings = load_search(document)
+    base, settings = together(lambda: run_settings(document), lambda: load_search(document))
+    own = sorted({"name", "output_dir"} & {word.strip() for key in document.space for word in str(key).split(",")})
+    if own:
+        raise UserError(f"{document.source}: space.{own[0]}: every trial has a name and a folder of its own; take it out of the space")
 
     def named(overrides: Mapping[str, Any], name: str, near: str) -> Any:
         tree = apply(document.base, overrides)
@@ -249,19 +251,25 @@ def plan_search(document: Document) -> Search:
         constraints=settings.constraints,
     )  # fmt: skip
     folder = base.folder / "trials"
-    candidates, problems = [], []
+    candidates: list[Candidate] = []
+    problems: dict[str, list[str]] = {}
     for trial in trials:
         tree = apply(document.base, trial.overrides)
         tree |= {"name": trial.id, "output_dir": str(folder)}
         try:
             candidates.append(Candidate(trial, run_settings(Document(document.source, tree, {}, None))))
         except UserError as error:
-            problems += [f"{line} (trial {Candidate(trial, base).changes})" for line in str(error).splitlines()]
+            for line in str(error).splitlines():
+                problems.setdefault(line, []).append(Candidate(trial, base).changes)
     if problems:
-        shown = problems[:8] + ([f"... and {len(problems) - 8} more trials like these"] if len(problems) > 8 else [])
-        raise UserError("\n".join(shown))
+        raise UserError("\n".join(_in_trials(line, trials) for line, trials in problems.items()))
     notes = [f"{left_out} combinations break search.constraints and are left out"] if left_out else []
     return Search(document, base, settings, tuple(candidates), tuple(notes))
+
+
+def _in_trials(sentence: str, trials: Sequence[str]) -> str:
+    more = f" and {len(trials) - 1} more" if len(trials) > 1 else ""
+    return f"{sentence} (trial {trials[0]}{more})"
 
 
 def _silent(sentence: str) -> None:

@@ -5,14 +5,16 @@ Precedence, lowest first: defaults < file (`base`) < `when` (what this machine l
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import PlainValidator, field_validator, model_validator
 
 from dstrain.data.vocabulary import VocabularySettings
 from dstrain.loop import StageSettings
@@ -29,6 +31,7 @@ from dstrain.schema import (
     set_path,
     setting,
     split_override,
+    together,
     validate,
 )
 from dstrain.tracking import TrackingSettings
@@ -71,7 +74,13 @@ class RunSettings(Settings):
     @field_validator("stages", mode="before")
     @classmethod
     def _left_out(cls, stages: Any) -> Any:
-        return {name: stage for name, stage in stages.items() if stage is not None} if isinstance(stages, dict) else stages
+        if not isinstance(stages, dict):
+            return stages
+        whole = [str(name) for name, stage in stages.items() if not isinstance(stage, dict) or {"objective", "corpus"} & stage.keys()]
+        unlike = [str(name) for name in stages if str(name) not in whole]
+        if unlike:  # a misspelt stage in an override looks like a new stage without objective and corpus
+            raise ValueError("\n".join(f"{name} has neither objective nor corpus{did_you_mean(name, whole)}" for name in unlike))
+        return {name: stage for name, stage in stages.items() if stage is not None}
 
     @model_validator(mode="after")
     def _fits(self) -> RunSettings:
@@ -81,19 +90,20 @@ class RunSettings(Settings):
         return self
 
     def _problems(self) -> Sequence[str]:
-        found = [] if self.stages else ["stages is empty; name at least one stage"]
+        found = [] if self.stages else ["stages: is empty; name at least one stage"]
         for name, stage in self.stages.items():
             here = f"stages.{name}"
             if not re.fullmatch(r"\w+", name):
                 found.append(f"{here}: a stage's name becomes part of metric keys; use letters, digits and _ only")
             if stage.num_frozen_layers > self.encoder.num_layers:
                 found.append(
-                    f"{here}.num_frozen_layers is {stage.num_frozen_layers}, but the encoder has {self.encoder.num_layers} layers"
+                    f"{here}.num_frozen_layers: is {stage.num_frozen_layers}, but the encoder has "
+                    f"{self.encoder.num_layers} layers; freeze fewer, or raise encoder.num_layers"
                 )
             try:
                 self.encoder.positions.check_length(stage.max_length)
             except UserError as error:
-                found.append(f"{here}.max_length: {error}")
+                found.append(f"{error} ({here}.max_length)")
             if stage.metric is not None and stage.metric not in stage.objective.metrics:
                 found.append(f"{here}.metric: {stage.objective.kind} has no {stage.metric!r}{did_you_mean(stage.metric, stage.objective.metrics)}")
         return found
@@ -109,14 +119,23 @@ class RunSettings(Settings):
         return shipped(self.deepspeed)
 
 
+def _amount(value: Any) -> float | Literal["auto"]:
+    if value == "auto" or (isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf):
+        return value
+    raise ValueError(f"{value!r} is neither a number of 0 or more nor auto")
+
+
+Amount = Annotated[float | Literal["auto"], PlainValidator(_amount)]
+
+
 class ResourceSettings(Settings):
     """What one trial takes."""
 
     ranks: int = setting(1, ge=1, unit="processes")
     """Data-parallel processes of a trial."""
-    cpus: float | Literal["auto"] = "auto"
+    cpus: Amount = "auto"
     """CPU cores of a rank; auto is 1, and with a GPU 4."""
-    gpus: float | Literal["auto"] = "auto"
+    gpus: Amount = "auto"
     """GPUs of a rank; auto is 1 where the machine has any."""
 
 
@@ -176,38 +195,52 @@ def read_document(path: Path, overrides: Sequence[str] = (), gpu: bool = False, 
     `full_size` leaves `when` out. Raises UserError for unreadable files, unknown parts and conditions.
     """
     tree = read_yaml(shipped(path))
-    if not any(key in tree for key in _FILE_KEYS):
-        raise UserError(f"{path}: has no base; a file of settings is `base: {{name: ..., encoder: ..., stages: ...}}`")
     problems = [Problem(str(key), f"no such part of a file{did_you_mean(str(key), _FILE_KEYS)}") for key in tree if key not in _FILE_KEYS]
+    if not tree.get("base"):
+        missing = "is missing; a file of settings is `base: {name: ..., encoder: ..., stages: ...}`"
+        problems = [Problem("base", missing), *(problem for problem in problems if "did you mean" in problem.sentence)]
     problems += [
-        Problem(key, "must be a mapping") for key in _FILE_KEYS if key in tree and not isinstance(tree[key] or {}, dict)
+        Problem(key, f"is {tree[key]!r}; it takes a mapping")
+        for key in _FILE_KEYS
+        if key in tree and not isinstance(tree[key] or {}, dict)
     ]
     when = {} if problems else tree.get("when") or {}
     for condition, changes in when.items():
         if condition not in _CONDITIONS:
             problems.append(Problem(f"when.{condition}", f"no such condition{did_you_mean(str(condition), _CONDITIONS)}"))
         elif not isinstance(changes, dict):
-            problems.append(Problem(f"when.{condition}", "must map dotted addresses to values"))
+            problems.append(Problem(f"when.{condition}", f"is {changes!r}; it maps dotted addresses to values"))
     if problems:
         raise complain(str(path), problems)
     parts = {key: deepcopy(tree.get(key) or {}) for key in ("base", "space", "search")}
-    said: list[str] = []
-    if not full_size:
-        for condition, changes in when.items():
-            if _CONDITIONS[condition](gpu):
-                said += [_change(parts, str(address), value, f"when.{condition}") for address, value in changes.items()]
-    said += [_change(parts, *split_override(text), "command line") for text in overrides]
-    return Document(str(path), parts["base"], parts["space"], parts["search"] if "search" in tree else None, said)
+    here = [condition for condition in when if not full_size and _CONDITIONS[condition](gpu)]
+    said = together(
+        *(
+            partial(_change, parts, str(address), value, f"{path}: when.{condition}", f"when.{condition}")
+            for condition in here
+            for address, value in when[condition].items()
+        ),
+        *(partial(_override, parts, text) for text in overrides),
+    )
+    search = parts["search"] if "search" in tree or parts["search"] else None
+    return Document(str(path), parts["base"], parts["space"], search, said)
 
 
-def _change(parts: dict[str, dict[str, Any]], address: str, value: Any, origin: str) -> str:
+def _override(parts: dict[str, dict[str, Any]], text: str) -> str:
+    return _change(parts, *split_override(text), "command line", "command line")
+
+
+def _change(parts: dict[str, dict[str, Any]], address: str, value: Any, place: str, origin: str) -> str:
     first, _, rest = address.partition(".")
-    if first == "space" and rest:
-        parts["space"][rest] = value  # a space's keys are dotted addresses themselves
-    elif first in parts and rest:
-        set_path(parts[first], rest, value)
-    else:
-        set_path(parts["base"], address, value)
+    try:
+        if first == "space" and rest:
+            parts["space"][rest] = value  # a space's keys are dotted addresses themselves
+        elif first in parts and rest:
+            set_path(parts[first], rest, value)
+        else:
+            set_path(parts["base"], address, value)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
     return f"{address} = {value!r} ({origin})"
 
 

@@ -22,7 +22,8 @@ _here = Path(__file__).resolve().parent
 sys.path[:] = [str(_here.parent)] + [entry for entry in sys.path if Path(entry or ".").resolve() != _here]
 
 if TYPE_CHECKING:
-    from dstrain.run import Outcome, Watch
+    from dstrain.engine import Ranks
+    from dstrain.run import Outcome, Say, Watch
     from dstrain.settings import Document, RunSettings
 
 SAVED_COME_BACK = 75
@@ -80,13 +81,23 @@ def _explain(prefix: str) -> int:
     from dstrain.settings import RunSettings, SearchSettings
 
     rows = [*explain(RunSettings), *explain(SearchSettings, "search.")]
-    shown = [row for row in rows if row.address.startswith(prefix)]
+    shown = [row for row in rows if _begins(row.address, prefix)]
     if not shown:
-        raise UserError(f"--explain {prefix}: no setting begins like that{did_you_mean(prefix, (row.address for row in rows))}")
+        parts = {row.address.partition(".")[0] for row in rows}
+        raise UserError(f"--explain {prefix}: no setting begins like that{did_you_mean(prefix, parts)}")
     for row in shown:
         facts = ", ".join(part for part in (f"default {row.default}", row.unit, row.bounds) if part)
         print(f"{row.address}  ({facts})\n    {row.doc}")
     return 0
+
+
+def _begins(address: str, prefix: str) -> bool:
+    """Whether `stages.<name>.objective<mlm>.mask_rate` begins with the prefix, as shown or as a YAML file has it."""
+    words = [word.partition("<")[0] for word in address.split(".")]  # <name> becomes "", which stands for any word
+    asked = prefix.split(".")
+    alike = all(not word or word == want for word, want in zip(words, asked[:-1], strict=False))
+    last = words[len(asked) - 1] if len(asked) <= len(words) else None
+    return address.startswith(prefix) or (alike and last is not None and (not last or last.startswith(asked[-1])))
 
 
 def _train(given: argparse.Namespace) -> int:
@@ -131,15 +142,13 @@ def _dry_run(document: Document, settings: RunSettings) -> int:
 def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettings) -> int:
     from dstrain.engine import Diverged, join_ranks, leave_ranks
     from dstrain.loop import Interrupted
-    from dstrain.run import claim, run, set_aside
+    from dstrain.run import run
 
     ranks = join_ranks()
     try:
         with ranks.first() as mine:
             if mine:
-                if given.resume == "never":
-                    set_aside(settings.folder)
-                claim(settings)
+                _claim(settings, ranks, given.resume == "never", _silent if given.quiet else _say)
         with _watching(settings, document, ranks.rank == 0, given.quiet) as watch:
             outcome = run(settings, ranks, watch)
     except Interrupted as asked:
@@ -149,6 +158,19 @@ def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettin
     finally:
         leave_ranks()
     return _tell(ranks.rank, _summary(settings, outcome, given.file), 0)
+
+
+def _claim(settings: RunSettings, ranks: Ranks, anew: bool, say: Say) -> None:
+    """Makes the run folder once all that can be refused has been: a refused start leaves nothing and moves nothing."""
+    from dstrain.precision import choose
+    from dstrain.run import claim, make_ready, run_vocabulary, set_aside
+
+    if anew or not settings.folder.exists():
+        precision = choose(settings.precision, ranks.device)
+        make_ready(settings, run_vocabulary(settings, say), precision, ranks, say)
+    if anew:
+        set_aside(settings.folder)
+    claim(settings)
 
 
 def _tell(rank: int, text: str, status: int) -> int:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import csv
 import inspect
 import os
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from dstrain.engine import Ranks
+    from dstrain.readings import Reading
+    from dstrain.run import Outcome
+    from dstrain.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("DSTRAIN_DATA") or ROOT.parent / "shared" / "data")
@@ -101,3 +109,51 @@ def tiny_run(corpus: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
     for address, value in changes.items():
         set_path(tree, address.replace("__", "."), value)
     return tree
+
+
+# ------------------------------------------------------------------------------------- runs in this very process
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    """One rank, in this process; the launcher's variables are gone afterwards, so that other processes may start."""
+    import torch
+
+    from dstrain.engine import join_ranks
+
+    before = dict(os.environ)
+    torch.set_num_threads(1)
+    yield join_ranks()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@dataclass
+class Told:
+    """What a run told while it worked, and what it came to."""
+
+    settings: RunSettings
+    readings: list[Reading] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
+    outcome: Outcome | None = None
+
+    def losses(self, stage: str, split: str = "train") -> list[float]:
+        """The losses of a stage in the order told."""
+        return [found.values["loss"] for found in self.readings if (found.stage, found.split) == (stage, split)]
+
+
+def train_here(tree: dict[str, Any], ranks: Ranks, stop: threading.Event | None = None, told: Told | None = None) -> Told:
+    """`claim` and `run` as the door calls them, readings.jsonl included; `told` is filled even when the run raises."""
+    from dstrain.readings import JsonLines, fan_out
+    from dstrain.run import Watch, claim, run
+    from dstrain.schema import validate
+    from dstrain.settings import RunSettings
+
+    settings = validate(RunSettings, tree, "test")
+    told = Told(settings) if told is None else told
+    claim(settings)
+    report = fan_out(JsonLines(settings.folder), told.readings.append)
+    watch = Watch(report, told.sentences.append, told.tags.update, stop or threading.Event())
+    told.outcome = run(settings, ranks, watch)
+    return told

@@ -80,7 +80,8 @@ class CorpusSettings(TableSettings):
 
     @model_validator(mode="after")
     def _one_origin(self) -> CorpusSettings:
-        if self.path is not None and "name" in self.model_fields_set:
+        default = type(self).model_fields["name"].default  # settings that were written down name it beside a path
+        if self.path is not None and self.name != default:
             raise ValueError(
                 f"name ({self.name}) and path ({self.path}) both say where the corpus is; give one of them"
             )
