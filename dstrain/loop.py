@@ -132,13 +132,13 @@ class Course:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about what is not read."""
+        """What is not read, in a sentence."""
         if not self.left_out:
             return []
         epochs = len(self._first_steps) - 1
         return [
             f"train: {self.left_out} of {epochs * len(self._lengths)} sequences (over {epochs} epochs) are in no step: "
-            f"an epoch is whole steps of {self._group} micro-batches (ranks x accumulation); which ones differs by epoch"
+            f"an epoch is whole steps of {self._group} micro-batches (ranks x accumulation); others each epoch"
         ]
 
     @property
@@ -431,7 +431,7 @@ class Meter:
         self._start(progress)
         total = self._course.total_steps
         report(Reading(self._name, "train", progress.step, total, progress.tokens, progress.seconds, figures))
-        # DeepSpeed skips a step without a finite gradient in any precision; only fp16's loss scale can make the next better
+        # DeepSpeed skips a step without a finite gradient in any precision; only fp16's loss scale mends the next one
         broken = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
         if broken and engine.loss_scale == 1.0:
             raise diverged(self._name, self._stage, f"{broken[0]} is not a number at step {progress.step}")

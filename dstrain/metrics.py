@@ -74,7 +74,7 @@ class DocumentTally:
         self.sums[2:].view(self._shape).index_add_(0, rows_N, torch.cat([votes_NK, seen_N1], dim=1))
 
     def figures(self) -> dict[str, float]:
-        """`loss` in nats per sequence; accuracy, balanced accuracy and macro precision, recall and F1 per document, as shares."""
+        """`loss` in nats per sequence; of documents accuracy, balanced accuracy and macro averages, as shares."""
         sums = self.sums.cpu()
         table_DK = sums[2:].view(self._shape).numpy()
         seen = table_DK[:, -1] > 0
@@ -97,7 +97,11 @@ def scores(truth: np.ndarray, guess: np.ndarray, num_classes: int) -> dict[str, 
     precision_K = right_K / np.maximum(guessed_K, 1)
     f1_K = 2 * right_K / np.maximum(true_K + guessed_K, 1)
     occurs_K = true_K + guessed_K > 0
-    figures = (right_K.sum() / len(truth), recall_K[true_K > 0].mean(), *(macro_K[occurs_K].mean() for macro_K in (precision_K, recall_K, f1_K)))
+    figures = (
+        right_K.sum() / len(truth),
+        recall_K[true_K > 0].mean(),
+        *(macro_K[occurs_K].mean() for macro_K in (precision_K, recall_K, f1_K)),
+    )
     return {name: float(figure) for name, figure in zip(_SCORES, figures, strict=True)}
 
 

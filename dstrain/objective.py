@@ -88,7 +88,9 @@ class MlmSettings(Settings):
     @model_validator(mode="after")
     def _shares(self) -> MlmSettings:
         if self.mask_share + self.random_share > 1 + 1e-9:
-            raise ValueError(f"mask_share {self.mask_share} and random_share {self.random_share} are more than 1 together; lower one")
+            raise ValueError(
+                f"mask_share {self.mask_share} and random_share {self.random_share} are more than 1 together; lower one"
+            )
         return self
 
     def build(self, corpus: Corpus, vocabulary: Vocabulary, encoder: EncoderSettings, seed: int) -> Mlm:
@@ -107,8 +109,9 @@ class Mlm:
         """Masks depend on (seed, epoch, sequence) alone, not on who computes them with whom."""
         lengths_N = split.lengths[sequences]
         masked = mask_tokens(
-            split.gather(sequences), lengths_N, sequences, self._seed, epoch, self._settings.mask_rate, self._vocabulary.size,
-            self._vocabulary.mask, self._vocabulary.special_ids, self._settings.mask_share, self._settings.random_share,
+            split.gather(sequences), lengths_N, sequences, self._seed, epoch, self._settings.mask_rate,
+            self._vocabulary.size, self._vocabulary.mask, self._vocabulary.special_ids,
+            self._settings.mask_share, self._settings.random_share,
         )  # fmt: skip
         labels_2M = torch.from_numpy(np.stack([masked.positions_M, masked.targets_M]))
         return Batch(torch.from_numpy(masked.inputs_T), Sequences.of(lengths_N), labels_2M, len(masked.positions_M))
@@ -144,7 +147,14 @@ class ClassifySettings(Settings):
     """What happens to that vector: bert (dense, tanh), roberta (with dropout before) or none."""
     classifier_dropout: float = setting(0.1, ge=0, lt=1)
     """Dropout in front of the classifier."""
-    metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "balanced_accuracy", "precision_macro", "recall_macro", "f1_macro")
+    metrics: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "accuracy",
+        "balanced_accuracy",
+        "precision_macro",
+        "recall_macro",
+        "f1_macro",
+    )
     selection: ClassVar[tuple[str, str]] = ("f1_macro", "max")
 
     def build(self, corpus: Corpus, vocabulary: Vocabulary, encoder: EncoderSettings, seed: int) -> Classify:
@@ -159,7 +169,13 @@ class Classify:
     def __init__(self, settings: ClassifySettings, num_classes: int, encoder: EncoderSettings, seed: int) -> None:
         self._num_classes = num_classes
         self.head = ClassificationHead(
-            encoder.hidden_size, num_classes, settings.pooling, settings.pooler, settings.classifier_dropout, seed, encoder.init_std
+            encoder.hidden_size,
+            num_classes,
+            settings.pooling,
+            settings.pooler,
+            settings.classifier_dropout,
+            seed,
+            encoder.init_std,
         )
 
     def batch(self, split: TokenSplit, sequences: np.ndarray, epoch: int) -> Batch:

@@ -80,9 +80,9 @@ class Batch(NamedTuple):
     """(T) int64 token ids, documents end to end, each with its [CLS] and [SEP]."""
     sequences: Sequences
     labels: Tensor
-    """What the objective wants to be told: (N) int64 classes; or (2, M) int64, positions in T and the original ids there."""
+    """What the objective is told: (N) int64 classes; or (2, M) int64, positions in T and the original ids there."""
     weight: int
-    """How many terms the loss sums over (documents, or masked tokens); known on the host before anything is computed."""
+    """How many terms the loss sums over (documents or masked tokens); known on the host before any computing."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same micro-batch on another device."""

@@ -64,7 +64,7 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
     with ranks.first() as mine:
         if mine:
             leave_evidence(settings, vocabulary, ranks)
-    outcome, first_step, weights, task = Outcome(), 0, None, None
+    outcome, first_step, weights = Outcome(), 0, None
     noted: set[str] = set()
     for name, stage in settings.stages.items():
         corpus, objective = ready[name].corpus, ready[name].objective
@@ -74,7 +74,7 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
                 watch.say(f"{name}: {note}")
         task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective)
         site = Site(name, folder / "stages" / name, first_step, settings.seed)
-        inherit(task, starting_weights(stage, weights), watch.say, site.name)
+        inherit(task, starting_weights(name, stage, weights), watch.say, site.name)
         if first_step == 0:
             watch.tag(facts(task, precision, ranks))
             watch.say(f"{precision.reason}; attention: {task.encoder.kernel}")
@@ -82,8 +82,11 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
         weights = read_weights(site.folder / "best.safetensors")
         first_step += progress.step
         outcome.stopped[name], outcome.best[name] = progress.stopped, progress.best
-    assert task is not None and weights is not None
+    assert weights is not None
     if "test" in corpus.splits:
+        # a task of its own: ZeRO-3 leaves the trained one in pieces
+        objective = stage.objective.build(corpus, vocabulary, settings.encoder, settings.seed)
+        task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective)
         task.load_state_dict(weights)
         task.to(ranks.device, precision.dtype)
         figures = evaluate(task, objective, corpus.splits["test"], stage.tokens_per_batch, ranks)
@@ -145,7 +148,7 @@ def make_ready(
             corpus = stage_corpus(stage, vocabulary, say)
             objective: Objective = stage.objective.build(corpus, vocabulary, settings.encoder, settings.seed)
             course = Course(corpus.splits["train"].lengths, stage, settings.seed, ranks.world * stage.accumulation)
-            if (given := starting_weights(stage, None)) is not None:
+            if (given := starting_weights(name, stage, None)) is not None:
                 own = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective).state_dict()
                 same_encoder(own, given, name)
             ready[name] = Ready(corpus, objective, plan, course)
@@ -199,7 +202,9 @@ def stage_corpus(stage: StageSettings, vocabulary: Vocabulary, say: Say) -> Corp
 # ----------------------------------------------------------------------------------------------- weights
 
 
-def starting_weights(stage: StageSettings, previous: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+def starting_weights(
+    name: str, stage: StageSettings, previous: dict[str, Tensor] | None
+) -> dict[str, Tensor] | None:
     """The weights a stage begins with: the previous stage's, a finished run's, or none (scratch)."""
     if stage.starts_from == "scratch":
         return None
@@ -208,7 +213,8 @@ def starting_weights(stage: StageSettings, previous: dict[str, Tensor] | None) -
     folder = Path(stage.starts_from)
     finished = [json_file.parent for json_file in folder.glob("stages/*/done.json")]
     if not finished:
-        raise UserError(f"starts_from: {folder} holds no finished stage; give the folder of a run, such as runs/NAME")
+        address = f"stages.{name}.starts_from"
+        raise UserError(f"{address}: {folder} holds no finished stage; give the folder of a run, such as runs/NAME")
     newest = max(finished, key=lambda stage_folder: (stage_folder / "done.json").stat().st_mtime_ns)
     return read_weights(newest / "best.safetensors")
 
@@ -226,9 +232,16 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def same_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], stage: str) -> set[str]:
-    """The names of an encoder's weights. Raises UserError when the given weights are of another encoder."""
+    """The names of an encoder's weights. Raises UserError when the given weights are of another encoder.
+
+    A kernel's own state (`.attention.`, such as FAVOR's projections) is no part of the comparison when the two encoders
+    use different kinds: that is the hybrid study, pretrained with sdpa and tuned with favor.
+    """
     encoder = {name for name in own if name.startswith("encoder.")}
     given = {name for name in weights if name.startswith("encoder.")}
+    if {name for name in encoder if ".attention." in name} != {name for name in given if ".attention." in name}:
+        encoder = {name for name in encoder if ".attention." not in name}
+        given = {name for name in given if ".attention." not in name}
     problems = [f"missing {name}" for name in sorted(encoder - given)]
     problems += [f"unknown {name}" for name in sorted(given - encoder)]
     problems += [
@@ -300,8 +313,8 @@ def leave_evidence(settings: RunSettings, vocabulary: Vocabulary, ranks: Ranks) 
 
 def run_files(folder: Path) -> list[Path]:
     """The small files of a run folder that are worth an artifact."""
-    names = ("settings.yaml", "environment.txt", "code.diff", "readings.jsonl", "failure.txt", "stages/*/ds_config.json")
-    return [file for name in names for file in sorted(folder.glob(name))]
+    here = ("settings.yaml", "environment.txt", "code.diff", "readings.jsonl", "failure.txt")
+    return [file for name in (*here, "stages/*/ds_config.json") for file in sorted(folder.glob(name))]
 
 
 def finished(site: Site) -> Progress | None:

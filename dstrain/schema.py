@@ -35,7 +35,10 @@ class Settings(BaseModel):
         if not isinstance(given, dict):
             return given
         counts = {name for name, field in cls.model_fields.items() if {int, float} & {*_arguments(field.annotation)}}
-        return {name: str(value).lower() if isinstance(value, bool) and name in counts else value for name, value in given.items()}
+        return {
+            name: str(value).lower() if isinstance(value, bool) and name in counts else value
+            for name, value in given.items()
+        }
 
 
 def setting(default: Any = ..., *, unit: str = "", **bounds: Any) -> Any:
@@ -63,7 +66,6 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
-
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         """YAML 1.2: 010 is ten, 0o10 eight and 0x10 sixteen."""
@@ -94,7 +96,10 @@ class _Dumper(yaml.SafeDumper):
 
     def represent_text(self, text: str) -> yaml.Node:
         """Unicode's line breaks are escaped; PyYAML would write them as they are and read back a space."""
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if set(text) & set("\x85\u2028\u2029") else None)
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", text, style='"' if set(text) & set("\x85\u2028\u2029") else None
+        )
+
 
 _Loader.add_constructor(_INT, _Loader.construct_int)
 _Dumper.add_representer(str, _Dumper.represent_text)
@@ -159,7 +164,10 @@ def set_path(tree: dict[str, Any], address: str, value: Any) -> None:
         inner = tree.setdefault(parent, {})
         if not isinstance(inner, dict):
             inside = ".".join(parents[: depth + 1])
-            raise UserError(f"{address}: {inside} is {_short(inner)}, which has no settings inside; set {inside} itself, or name another")
+            raise UserError(
+                f"{address}: {inside} is {_short(inner)}, which has no settings inside; "
+                f"set {inside} itself, or name another"
+            )
         tree = inner
     if last == "kind" and tree.get("kind", value) != value:
         tree.clear()
@@ -195,7 +203,9 @@ class Problem(NamedTuple):
 
 def complain(source: str, problems: Iterable[Problem]) -> UserError:
     """All problems in one error, a line each: `file: address: sentence`."""
-    return UserError("\n".join(f"{source}: {p.address}: {p.sentence}" if p.address else f"{source}: {p.sentence}" for p in problems))
+    return UserError(
+        "\n".join(f"{source}: {p.address}: {p.sentence}" if p.address else f"{source}: {p.sentence}" for p in problems)
+    )
 
 
 def together(*attempts: Callable[[], Any]) -> list[Any]:
@@ -271,12 +281,18 @@ def _problem(root: type[Settings], error: ErrorDetails, prefix: str) -> Problem:
     if kind == "missing":
         return Problem(address, "is missing and has no default; give it a value")
     if kind == "union_tag_invalid":
-        return Problem(f"{address}.kind", f"{context['tag']!r} is not a kind there is{did_you_mean(context['tag'], tags)}")
+        return Problem(
+            f"{address}.kind", f"{context['tag']!r} is not a kind there is{did_you_mean(context['tag'], tags)}"
+        )
     if kind == "union_tag_not_found":
-        return Problem(f"{address}.kind", f"is missing: {_short(value)} does not say which kind it is; there are {', '.join(tags)}")
+        return Problem(
+            f"{address}.kind", f"is missing: {_short(value)} does not say which kind it is; there are {', '.join(tags)}"
+        )
     if kind == "model_attributes_type":
         example = value if value in tags else tags[0]
-        return Problem(address, f"is {_short(value)}; it takes a mapping that says its kind, such as {{kind: {example}}}")
+        return Problem(
+            address, f"is {_short(value)}; it takes a mapping that says its kind, such as {{kind: {example}}}"
+        )
     if kind == "literal_error":
         choices = [choice.strip(" '") for choice in re.split(r",| or ", str(context["expected"]))]
         near = _nearest(value, choices) if isinstance(value, str) else ""
@@ -292,7 +308,9 @@ def _asked(kind: str, said: str) -> str:
     what, _, why = kind.partition("_")
     if what in _MUST_BE and why in ("type", "parsing", "from_float"):
         return f"be {_MUST_BE[what]}"
-    return said.rpartition(" should ")[2].partition(" after validation")[0]  # "Tuple should have at most 2 items after ..."
+    return said.rpartition(" should ")[2].partition(" after validation")[
+        0
+    ]  # "Tuple should have at most 2 items after ..."
 
 
 def _short(value: Any) -> str:
@@ -337,7 +355,12 @@ def _arguments(annotation: Any) -> tuple[Any, ...]:
     if origin is typing.Annotated:
         return _arguments(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
-        return tuple(part for argument in typing.get_args(annotation) if argument is not type(None) for part in _arguments(argument))
+        return tuple(
+            part
+            for argument in typing.get_args(annotation)
+            if argument is not type(None)
+            for part in _arguments(argument)
+        )
     return (annotation,)
 
 
@@ -392,7 +415,9 @@ def explain(root: type[Settings], prefix: str = "") -> Iterator[Explained]:
                 yield from explain(member, f"{address}<{tag}>.")
         elif item is not None and kinds_of(item):
             for tag, member in kinds_of(item):
-                yield from explain(member, f"{address}.<name>." if len(kinds_of(item)) == 1 else f"{address}.<name><{tag}>.")
+                yield from explain(
+                    member, f"{address}.<name>." if len(kinds_of(item)) == 1 else f"{address}.<name><{tag}>."
+                )
         else:
             yield _explained(address, field)
 
@@ -400,9 +425,23 @@ def explain(root: type[Settings], prefix: str = "") -> Iterator[Explained]:
 def _explained(address: str, field: Any) -> Explained:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [f"{signs[name]} {getattr(rule, name)}" for rule in field.metadata for name in signs if getattr(rule, name, None) is not None]
-    choices = [repr(choice) for part in _arguments(field.annotation) if typing.get_origin(part) is typing.Literal for choice in typing.get_args(part)]
-    default = field.get_default(call_default_factory=True) if field.default is not PydanticUndefined or field.default_factory else ...
+    bounds = [
+        f"{signs[name]} {getattr(rule, name)}"
+        for rule in field.metadata
+        for name in signs
+        if getattr(rule, name, None) is not None
+    ]
+    choices = [
+        repr(choice)
+        for part in _arguments(field.annotation)
+        if typing.get_origin(part) is typing.Literal
+        for choice in typing.get_args(part)
+    ]
+    default = (
+        field.get_default(call_default_factory=True)
+        if field.default is not PydanticUndefined or field.default_factory
+        else ...
+    )
     return Explained(
         address,
         "(required)" if default is ... else str(default),

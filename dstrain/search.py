@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dstrain.readings import READINGS_FILE, Reading, duration, read_readings, spoken
 from dstrain.loop import Course
 from dstrain.optim import warmup_steps
-from dstrain.rungs import History, NoSchedulerSettings, Rungs, early_cut, open_rungs
+from dstrain.readings import READINGS_FILE, Reading, amount, duration, read_readings
 from dstrain.run import run_vocabulary, stage_corpus, write_whole
+from dstrain.rungs import History, NoSchedulerSettings, Rungs, early_cut, open_rungs
 from dstrain.schema import UserError, dump_yaml, read_yaml, together
 from dstrain.settings import Document, RunSettings, SearchSettings, load_search, plain, run_settings
 from dstrain.space import Trial, apply, read_space, setting_named
@@ -57,7 +57,9 @@ class Candidate:
     @property
     def changes(self) -> str:
         """What the trial changes, as a person would say it: `num_hashes=4 chunk_size=64`."""
-        return " ".join(f"{address.rpartition('.')[2]}={brief(value)}" for address, value in self.trial.overrides.items())
+        return " ".join(
+            f"{address.rpartition('.')[2]}={brief(value)}" for address, value in self.trial.overrides.items()
+        )
 
     def ended(self) -> Ended | None:
         """How it ended; None while it has not."""
@@ -99,7 +101,11 @@ class Search:
 
     def pending(self) -> list[Candidate]:
         """Trials still to be run: those that have not ended, and those that failed."""
-        return [candidate for candidate in self.candidates if (ended := candidate.ended()) is None or ended.state == "failed"]
+        return [
+            candidate
+            for candidate in self.candidates
+            if (ended := candidate.ended()) is None or ended.state == "failed"
+        ]
 
     def values(self, readings: Iterable[Reading]) -> list[tuple[int, int, float]]:
         """(step, total steps, value) of the deciding metric, in order."""
@@ -115,10 +121,12 @@ class Search:
             History(candidate.id, [(step / total, value) for step, total, value in self.values(candidate.readings())])
             for candidate in self.candidates
         )
-        return rungs, None if isinstance(scheduler, NoSchedulerSettings) else early_cut(scheduler, warmup, thaw, horizon)
+        return rungs, None if isinstance(scheduler, NoSchedulerSettings) else early_cut(
+            scheduler, warmup, thaw, horizon
+        )
 
     def _pace(self) -> tuple[float, float, int]:
-        """Of the deciding stage: the longest warm-up and the latest thaw of any trial as shares, and its optimizer steps."""
+        """Of the deciding stage: longest warm-up and latest thaw of any trial as shares, and its optimizer steps."""
         name = self.metric[0]
         stages = [candidate.settings.stages[name] for candidate in self.candidates]
         horizon = stages[0].steps
@@ -172,7 +180,11 @@ class Search:
             return None
         tree = {**plain(best.settings), "name": f"{self.base.name}-best", "output_dir": str(self.base.output_dir)}
         file = self.folder / "best.yaml"
-        write_whole(file, f"# the best of {self.document.source} by {self.settings.metric}: {best.changes}\n" + dump_yaml({"base": tree}))
+        write_whole(
+            file,
+            f"# the best of {self.document.source} by {self.settings.metric}: {best.changes}\n"
+            + dump_yaml({"base": tree}),
+        )
         return file
 
     def claim(self) -> None:
@@ -180,9 +192,21 @@ class Search:
         file = self.folder / "search.yaml"
         base = dict(plain(self.base))
         if file.exists() and (there := read_yaml(file).get("base")) != json.loads(json.dumps(base)):
-            unlike = sorted(key for key in base if not isinstance(there, dict) or there.get(key) != json.loads(json.dumps(base[key])))
-            raise UserError(f"{self.folder}: holds a search around another base ({', '.join(unlike)} differ); give this one another name=...")
-        tree = {"base": base, "space": self.document.space, "search": plain(self.settings), "precedence": self.document.precedence}
+            unlike = sorted(
+                key
+                for key in base
+                if not isinstance(there, dict) or there.get(key) != json.loads(json.dumps(base[key]))
+            )
+            raise UserError(
+                f"{self.folder}: holds a search around another base ({', '.join(unlike)} differ); "
+                "give this one another name=..."
+            )
+        tree = {
+            "base": base,
+            "space": self.document.space,
+            "search": plain(self.settings),
+            "precedence": self.document.precedence,
+        }
         write_whole(file, dump_yaml(tree))
 
 
@@ -203,8 +227,8 @@ class Row:
         return [
             "-" if self.value is None else f"{self.value:.4f}",
             duration(self.seconds),
-            spoken("tokens_per_second", self.tokens_per_second).removesuffix(" tok/s"),
-            f"{self.peak_memory_gb:.2f}",
+            "-" if math.isnan(self.tokens_per_second) else amount(self.tokens_per_second),
+            "-" if math.isnan(self.peak_memory_gb) else f"{self.peak_memory_gb:.2f}",
             self.reason if self.reason.startswith(self.state) else f"{self.state}: {self.reason}",
         ]
 
@@ -240,7 +264,10 @@ def plan_search(document: Document) -> Search:
     base, settings = together(lambda: run_settings(document), lambda: load_search(document))
     own = sorted({"name", "output_dir"} & {word.strip() for key in document.space for word in str(key).split(",")})
     if own:
-        raise UserError(f"{document.source}: space.{own[0]}: every trial has a name and a folder of its own; take it out of the space")
+        raise UserError(
+            f"{document.source}: space.{own[0]}: every trial has a name and a folder of its own; "
+            "take it out of the space"
+        )
 
     def named(overrides: Mapping[str, Any], name: str, near: str) -> Any:
         tree = apply(document.base, overrides)
@@ -263,7 +290,7 @@ def plan_search(document: Document) -> Search:
                 problems.setdefault(line, []).append(Candidate(trial, base).changes)
     if problems:
         raise UserError("\n".join(_in_trials(line, trials) for line, trials in problems.items()))
-    notes = [f"{left_out} combinations break search.constraints and are left out"] if left_out else []
+    notes = [f"search.constraints leave out {left_out} of {left_out + len(trials)} combinations"] if left_out else []
     return Search(document, base, settings, tuple(candidates), tuple(notes))
 
 

@@ -76,10 +76,16 @@ class RunSettings(Settings):
     def _left_out(cls, stages: Any) -> Any:
         if not isinstance(stages, dict):
             return stages
-        whole = [str(name) for name, stage in stages.items() if not isinstance(stage, dict) or {"objective", "corpus"} & stage.keys()]
+        whole = [
+            str(name)
+            for name, stage in stages.items()
+            if not isinstance(stage, dict) or {"objective", "corpus"} & stage.keys()
+        ]
         unlike = [str(name) for name in stages if str(name) not in whole]
         if unlike:  # a misspelt stage in an override looks like a new stage without objective and corpus
-            raise ValueError("\n".join(f"{name} has neither objective nor corpus{did_you_mean(name, whole)}" for name in unlike))
+            raise ValueError(
+                "\n".join(f"{name} has neither objective nor corpus{did_you_mean(name, whole)}" for name in unlike)
+            )
         return {name: stage for name, stage in stages.items() if stage is not None}
 
     @model_validator(mode="after")
@@ -105,7 +111,10 @@ class RunSettings(Settings):
             except UserError as error:
                 found.append(f"{error} ({here}.max_length)")
             if stage.metric is not None and stage.metric not in stage.objective.metrics:
-                found.append(f"{here}.metric: {stage.objective.kind} has no {stage.metric!r}{did_you_mean(stage.metric, stage.objective.metrics)}")
+                found.append(
+                    f"{here}.metric: {stage.objective.kind} has no {stage.metric!r}"
+                    f"{did_you_mean(stage.metric, stage.objective.metrics)}"
+                )
         return found
 
     @property
@@ -195,7 +204,11 @@ def read_document(path: Path, overrides: Sequence[str] = (), gpu: bool = False, 
     `full_size` leaves `when` out. Raises UserError for unreadable files, unknown parts and conditions.
     """
     tree = read_yaml(shipped(path))
-    problems = [Problem(str(key), f"no such part of a file{did_you_mean(str(key), _FILE_KEYS)}") for key in tree if key not in _FILE_KEYS]
+    problems = [
+        Problem(str(key), f"no such part of a file{did_you_mean(str(key), _FILE_KEYS)}")
+        for key in tree
+        if key not in _FILE_KEYS
+    ]
     if not tree.get("base"):
         missing = "is missing; a file of settings is `base: {name: ..., encoder: ..., stages: ...}`"
         problems = [Problem("base", missing), *(problem for problem in problems if "did you mean" in problem.sentence)]
@@ -207,7 +220,9 @@ def read_document(path: Path, overrides: Sequence[str] = (), gpu: bool = False, 
     when = {} if problems else tree.get("when") or {}
     for condition, changes in when.items():
         if condition not in _CONDITIONS:
-            problems.append(Problem(f"when.{condition}", f"no such condition{did_you_mean(str(condition), _CONDITIONS)}"))
+            problems.append(
+                Problem(f"when.{condition}", f"no such condition{did_you_mean(str(condition), _CONDITIONS)}")
+            )
         elif not isinstance(changes, dict):
             problems.append(Problem(f"when.{condition}", f"is {changes!r}; it maps dotted addresses to values"))
     if problems:
@@ -257,14 +272,19 @@ def load_run(path: Path, overrides: Sequence[str] = (), gpu: bool = False, full_
 def load_search(document: Document) -> SearchSettings:
     """The checked settings of the file's search; its metric must name a stage and a figure that there will be."""
     if document.search is None:
-        raise UserError(f"{document.source}: has no search; add `search: {{metric: finetune/valid/f1_macro}}`, or train it with train.py")
+        raise UserError(
+            f"{document.source}: has no search; add `search: {{metric: finetune/valid/f1_macro}}`, "
+            "or train it with train.py"
+        )
     search = validate(SearchSettings, document.search, document.source, prefix="search.")
     stage, split, name = search.metric.split("/")
     stages = run_settings(document).stages
     if stage not in stages:
         raise UserError(f"{document.source}: search.metric: there is no stage {stage!r}{did_you_mean(stage, stages)}")
     if split != "valid":
-        raise UserError(f"{document.source}: search.metric: {split!r} cannot choose; a search is decided on the split valid")
+        raise UserError(
+            f"{document.source}: search.metric: {split!r} cannot choose; a search is decided on the split valid"
+        )
     known = stages[stage].objective.metrics
     if name not in known:
         raise UserError(f"{document.source}: search.metric: {stage} reports no {name!r}{did_you_mean(name, known)}")

@@ -1,9 +1,9 @@
 """Door 1: trains one run from a YAML file.
 
-    deepspeed dstrain/train.py FILE.yaml [key=value ...]
-    torchrun --nproc_per_node 2 dstrain/train.py FILE.yaml
-    srun python dstrain/train.py FILE.yaml
-    python dstrain/train.py FILE.yaml
+deepspeed dstrain/train.py FILE.yaml [key=value ...]
+torchrun --nproc_per_node 2 dstrain/train.py FILE.yaml
+srun python dstrain/train.py FILE.yaml
+python dstrain/train.py FILE.yaml
 """
 
 from __future__ import annotations
@@ -47,13 +47,32 @@ def parser() -> argparse.ArgumentParser:
         prog="train.py", description="Train one run: MLM pretraining, TAPT and classification through DeepSpeed.",
         epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    words.add_argument("file", nargs="?", type=Path, metavar="FILE.yaml", help="settings: the `base` of a run or search file")
+    words.add_argument(
+        "file", nargs="?", type=Path, metavar="FILE.yaml", help="settings: the `base` of a run or search file"
+    )
     words.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
-    words.add_argument("--deepspeed_config", type=Path, metavar="JSON", help="DeepSpeed JSON instead of the file's `deepspeed`")
-    words.add_argument("--resume", choices=("auto", "never"), default="auto", help="auto goes on where the run folder is; never sets that folder aside and starts anew")
-    words.add_argument("--full-size", action="store_true", help="leave out the file's `when` overrides for this machine")
-    words.add_argument("--dry-run", action="store_true", help="show settings, DeepSpeed plan, parameters, tokens and steps, then stop")
-    words.add_argument("--explain", nargs="?", const="", metavar="PREFIX", help="show every setting (below PREFIX): path, default, unit, bounds, meaning")
+    words.add_argument(
+        "--deepspeed_config", type=Path, metavar="JSON", help="DeepSpeed JSON instead of the file's `deepspeed`"
+    )
+    words.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto goes on where the run folder is; never sets that folder aside and starts anew",
+    )
+    words.add_argument(
+        "--full-size", action="store_true", help="leave out the file's `when` overrides for this machine"
+    )
+    words.add_argument(
+        "--dry-run", action="store_true", help="show settings, DeepSpeed plan, parameters, tokens and steps, then stop"
+    )
+    words.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="PREFIX",
+        help="show every setting (below PREFIX): path, default, unit, bounds, meaning",
+    )
     words.add_argument("--quiet", action="store_true", help="no progress lines")
     words.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # habit of DeepSpeed scripts
     words.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by launchers
@@ -74,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks have the same to say
             print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted before training began; the same command starts again", file=sys.stderr)
+        return SAVED_COME_BACK
 
 
 def _explain(prefix: str) -> int:
@@ -189,12 +211,15 @@ def _summary(settings: RunSettings, outcome: Outcome, file: Path) -> str:
         lines.append(f"{name}: {why}" + ("" if best is None else f", best valid {spoken(metric, best)}"))
     if outcome.test:
         lines.append("test: " + "  ".join(spoken(name, value) for name, value in outcome.test.items()))
-    lines.append(f"run folder: {settings.folder}    same run again: python dstrain/train.py {settings.folder}/settings.yaml name=NEW")
+    lines.append(
+        f"run folder: {settings.folder}    "
+        f"same run again: python dstrain/train.py {settings.folder}/settings.yaml name=NEW"
+    )
     return "\n".join(lines)
 
 
 class _watching:
-    """Rank 0 writes readings, shows them and tracks them; the other ranks keep quiet. Closes the tracked run at the end."""
+    """Rank 0 writes readings, shows and tracks them; the other ranks keep quiet. Closes the tracked run at the end."""
 
     def __init__(self, settings: RunSettings, document: Document, speaks: bool, quiet: bool) -> None:
         self._settings, self._document, self._speaks, self._quiet = settings, document, speaks, quiet

@@ -10,6 +10,7 @@ the search's folder (see dstrain.search), so going on is the same command, and n
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import threading
@@ -21,10 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dstrain.desk import Desk
     from dstrain.readings import Reading
     from dstrain.search import Candidate, Search
-    from dstrain.settings import ResourceSettings
-    from dstrain.tracking import TrackedRun, Tracker
+    from dstrain.settings import ResourceSettings, RunSettings
+
+SAVED_COME_BACK = 75
+"""Exit status of an interrupted search: the same command goes on."""
 
 _EPILOG = """\
 examples
@@ -46,8 +50,15 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     words.add_argument("file", type=Path, metavar="FILE.yaml", help="base, space and search")
-    words.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's; search.x reaches the search")
-    words.add_argument("--full-size", action="store_true", help="leave out the file's `when` overrides for this machine")
+    words.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that win over the file's; search.x reaches the search",
+    )
+    words.add_argument(
+        "--full-size", action="store_true", help="leave out the file's `when` overrides for this machine"
+    )
     words.add_argument("--dry-run", action="store_true", help="show trials, resources and concurrency, then stop")
     return words
 
@@ -62,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted before any trial started; the same command starts again", file=sys.stderr)
+        return SAVED_COME_BACK
 
 
 def _search(given: argparse.Namespace) -> int:
@@ -72,29 +86,34 @@ def _search(given: argparse.Namespace) -> int:
 
     search = plan_search(read_document(given.file, given.overrides, torch.cuda.is_available(), given.full_size))
     needs = Needs.of(search.settings.resources, torch.cuda.is_available())
-    room = Room.here()
     for line in (*search.document.precedence, *search.notes):
         print(line)
     if given.dry_run:
-        return _dry_run(search, needs, room)
+        return _dry_run(search, needs, Room.here())
+    if "RAY_ADDRESS" not in os.environ:
+        Room.here().check(needs, search)
+    prepare(search, needs)
     search.claim()
     pending = search.pending()
-    if pending:
-        with ray_cluster(room):
-            room = Room.of_cluster()
-            room.check(needs, search)
-            concurrent = room.concurrent(needs, search.settings.max_concurrent)
-            print(f"{len(pending)} of {len(search.candidates)} trials to run, {concurrent} at a time, {needs.describe()}")
-            prepare(search)
-            interrupted = Driver(search, needs, concurrent).run(pending)
-        if interrupted:
-            print(f"interrupted; go on with: python -m dstrain.tune {' '.join([str(given.file), *given.overrides])}", file=sys.stderr)
-    else:
-        interrupted = False
+    if not pending:
         print(f"{search.folder}: all {len(search.candidates)} trials have ended")
+    interrupted = bool(pending) and _run(search, needs, pending)
     close(search)
-    failed = [candidate for candidate in search.candidates if (ended := candidate.ended()) and ended.state == "failed"]
-    return 75 if interrupted else 1 if failed else 0
+    if interrupted:
+        again = " ".join([str(given.file), *given.overrides])
+        print(f"interrupted; go on with: python -m dstrain.tune {again}", file=sys.stderr)
+        return SAVED_COME_BACK
+    return int(any((ended := candidate.ended()) and ended.state == "failed" for candidate in search.candidates))
+
+
+def _run(search: Search, needs: Needs, pending: list[Candidate]) -> bool:
+    """Runs the pending trials on a cluster; True when that was interrupted."""
+    with ray_cluster(Room.here()):
+        room = Room.of_cluster()
+        room.check(needs, search)
+        concurrent = room.concurrent(needs, search.settings.max_concurrent)
+        print(f"{len(pending)} of {len(search.candidates)} trials to run, {concurrent} at a time, {needs.describe()}")
+        return Driver(search, needs, concurrent).run(pending)
 
 
 def _dry_run(search: Search, needs: Needs, room: Room) -> int:
@@ -107,20 +126,48 @@ def _dry_run(search: Search, needs: Needs, room: Room) -> int:
     return 0
 
 
-def prepare(search: Search) -> None:
-    """Vocabulary and tokenised text, once and in sight, before trials start together and wait for each other."""
-    from dstrain.run import run_vocabulary, stage_corpus
+def prepare(search: Search, needs: Needs) -> None:
+    """Vocabulary and tokenised text, once and in sight, before trials start together and wait for each other.
 
+    Raises UserError with what is wrong with a trial's text, labels, DeepSpeed JSON or starting weights.
+    """
+    import torch
+
+    from dstrain.engine import Ranks
+    from dstrain.precision import choose
+    from dstrain.run import make_ready, run_vocabulary
+
+    ranks = Ranks(0, needs.ranks, torch.device("cuda" if needs.gpus else "cpu"), "search")
     seen: set[str] = set()
+    noted: set[str] = set()
     for candidate in search.candidates:
-        vocabulary = None
-        for stage in candidate.settings.stages.values():
-            key = f"{candidate.settings.vocabulary}{stage.corpus}{stage.max_length}"
-            if key not in seen:
-                seen.add(key)
-                vocabulary = vocabulary or run_vocabulary(candidate.settings, print)
-                for note in stage_corpus(stage, vocabulary, print).notes:
+        settings = candidate.settings
+        if (key := _preparation(settings)) in seen:
+            continue
+        seen.add(key)
+        precision = choose(settings.precision, ranks.device)
+        for stage in make_ready(settings, run_vocabulary(settings, print), precision, ranks, print).values():
+            for note in stage.corpus.notes:
+                if note not in noted:
+                    noted.add(note)
                     print(note)
+
+
+def _preparation(settings: RunSettings) -> str:
+    """Equal for trials that need the same text, cut the same way, for the same stages and DeepSpeed JSON."""
+    stages = [
+        (
+            name,
+            stage.corpus,
+            stage.max_length,
+            stage.tokens_per_batch,
+            stage.accumulation,
+            stage.starts_from,
+            stage.objective.kind,
+        )
+        for name, stage in settings.stages.items()
+    ]
+    return repr((settings.vocabulary, settings.precision, settings.deepspeed, stages))
 
 
 def close(search: Search) -> None:
@@ -178,7 +225,9 @@ class Needs:
 
     def describe(self) -> str:
         """In words."""
-        return f"each takes {self.ranks} rank(s) of {self.cpus:g} CPU(s)" + (f" and {self.gpus:g} GPU(s)" if self.gpus else "")
+        return f"each takes {self.ranks} rank(s) of {self.cpus:g} CPU(s)" + (
+            f" and {self.gpus:g} GPU(s)" if self.gpus else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -231,7 +280,7 @@ class ray_cluster:
         self._room = room
 
     def __enter__(self) -> None:
-        # All output of trials goes to their folders; Ray's own reports and usage statistics would only stand in the way.
+        # Trials write to their folders; Ray's own reports and usage statistics would only stand in the way.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -241,11 +290,11 @@ class ray_cluster:
             import ray
 
             if "RAY_ADDRESS" in os.environ:
-                ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="error")
+                ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
             else:
                 ray.init(
                     address="local", num_cpus=int(self._room.cpus), num_gpus=int(self._room.gpus), include_dashboard=False,
-                    log_to_driver=False, logging_level="error", object_store_memory=100_000_000,
+                    log_to_driver=False, logging_level=logging.ERROR, object_store_memory=100_000_000,
                 )  # fmt: skip
 
     def __exit__(self, *error: object) -> None:
@@ -338,10 +387,20 @@ def trial(config: dict[str, Any]) -> None:
     ranks = _start_ranks(config["ranks"], config["bundle"])
     address, port = ray.get(ranks[0].address.remote())
     seats = [
-        {**config["environ"], "RANK": str(rank), "WORLD_SIZE": str(len(ranks)), "LOCAL_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+        {
+            **config["environ"],
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(ranks)),
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
+        }
         for rank in range(len(ranks))
     ]  # LOCAL_RANK is 0 because Ray shows each actor its own device only
-    working = [rank.train.remote(config["run"], config["source"], config["metric"], seat) for rank, seat in zip(ranks, seats, strict=True)]
+    working = [
+        rank.train.remote(config["run"], config["source"], config["metric"], seat)
+        for rank, seat in zip(ranks, seats, strict=True)
+    ]
     try:
         for step, total, value in _readings(ranks[0], working):
             tune.report({"progress": step / total, "steps": step, "value": value})
@@ -359,6 +418,7 @@ def _start_ranks(number: int, bundle: dict[str, float]) -> list[Any]:
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     group = ray.util.get_current_placement_group()
+    assert group is not None, "a trial runs in the placement group that Tune reserved for it"
     actor = ray.remote(RankProcess)
     return [
         actor.options(
@@ -389,7 +449,9 @@ def write_failure(folder: Path, error: Exception) -> None:
     import traceback
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "failure.txt").write_text(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}", encoding="utf-8")
+    (folder / "failure.txt").write_text(
+        f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}", encoding="utf-8"
+    )
 
 
 def write_tags(folder: Path, tags: Mapping[str, str]) -> None:
@@ -411,6 +473,8 @@ class Driver:
     def run(self, pending: list[Candidate]) -> bool:
         """True when the search was interrupted before all trials ended."""
         from ray import tune
+
+        from dstrain.desk import Desk
 
         search = self._search
         bundles = [{"CPU": 0.0}] + [self._needs.bundle] * self._needs.ranks
@@ -450,88 +514,6 @@ def _id(trial: Any) -> str:
     return str(trial.config["trial"]["id"])
 
 
-class Desk:
-    """What the driver knows of its trials while they run: their MLflow runs, their rungs, why they were stopped."""
-
-    def __init__(self, search: Search) -> None:
-        from dstrain.evidence import collect
-        from dstrain.settings import ROOT
-
-        self.search = search
-        self.candidates = {candidate.id: candidate for candidate in search.candidates}
-        self.rungs, warning = search.rungs()
-        if warning:
-            print(f"warning: {search.document.source}: {warning}", file=sys.stderr)
-        self.stopped: dict[str, str] = {}
-        self._runs: dict[str, TrackedRun] = {}
-        self._tags = collect(ROOT).tags()
-        self._tracker: Tracker = search.base.tracking.open(search.base.output_dir)
-        self._board = Board(search)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks beside its own state. Nothing reads that back; the search's folder is the state."""
-        return {}
-
-    def __enter__(self) -> Desk:
-        search = self.search
-        params = {"base": search.document.base, "space": search.document.space, "search": search.settings.model_dump(mode="json")}
-        self._parent = self._tracker.run(search.folder, search.base.name, params, self._tags)
-        self._board.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._board.stop()
-        search = self.search
-        best = search.write_best()
-        unfinished = sum(candidate.ended() is None for candidate in search.candidates)
-        kept = [search.folder / "search.yaml", *([best] if best else [])]
-        self._parent.finish("KILLED" if unfinished else "FINISHED", {"trials": str(len(search.candidates)), "unfinished": str(unfinished)}, kept)
-        self._tracker.close()
-
-    def started(self, name: str) -> None:
-        """A trial has its processes."""
-        from dstrain.settings import plain
-
-        candidate = self.candidates[name]
-        (candidate.folder / "failure.txt").unlink(missing_ok=True)  # of an earlier attempt
-        if name not in self._runs:
-            self._runs[name] = self._tracker.run(candidate.folder, name, plain(candidate.settings), self._tags, self._parent)
-            self._runs[name].tag({"changes": candidate.changes})
-        self._board.started(candidate)
-
-    def reported(self, name: str, progress: float, value: float) -> bool:
-        """Whether a trial goes on after this reading."""
-        self._board.reported(self.candidates[name], progress, value)
-        decision = self.rungs.record(name, progress, value)
-        if not decision.keep:
-            self.stopped[name] = decision.reason
-        return decision.keep
-
-    def ended(self, name: str, error: str | None) -> None:
-        """A trial's processes are gone: finds out why, and writes it down. An interrupted trial has not ended."""
-        import json
-
-        from dstrain.run import run_files
-
-        candidate = self.candidates[name]
-        failure = candidate.folder / "failure.txt"
-        if (candidate.folder / "outcome.json").exists():
-            ended = candidate.end("finished", "finished")
-        elif name in self.stopped:
-            ended = candidate.end("stopped", self.stopped[name])
-        elif failure.exists():
-            ended = candidate.end("failed", failure.read_text(encoding="utf-8").partition("\n")[0])
-        elif error is not None:
-            ended = candidate.end("failed", error)
-        else:
-            return
-        tags_file = candidate.folder / "tags.json"
-        tags = json.loads(tags_file.read_text()) if tags_file.exists() else {}
-        status = "FAILED" if ended.state == "failed" else "FINISHED"
-        self._runs[name].finish(status, {**tags, "state": ended.state, "stop_reason": ended.reason}, run_files(candidate.folder))  # type: ignore[arg-type]
-        self._board.ended(candidate, ended)
-
-
 def _scheduler(desk: Desk) -> Any:
     """Tune's view of our rungs: first come, first served, and a trial ends when its rung says so."""
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -559,51 +541,6 @@ def _callback(desk: Desk) -> Any:
             desk.ended(_id(trial), "its processes died without a word (killed, or out of memory)")
 
     return Events()
-
-
-class Board:
-    """The search on the screen: a live line in a terminal, one plain line per event elsewhere."""
-
-    def __init__(self, search: Search) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._search = search
-        self._console = Console()
-        columns = (TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        done = sum(candidate.ended() is not None for candidate in search.candidates)
-        self._bar = self._progress.add_task("", total=len(search.candidates), completed=done)
-        self._running: dict[str, str] = {}
-
-    def start(self) -> None:
-        """Shows itself."""
-        self._progress.start()
-
-    def stop(self) -> None:
-        """Leaves the screen to others."""
-        self._progress.stop()
-
-    def started(self, candidate: Candidate) -> None:
-        """A trial begins."""
-        self._running[candidate.id] = "starting"
-        self._refresh()
-
-    def reported(self, candidate: Candidate, progress: float, value: float) -> None:
-        """A running trial reports the deciding metric."""
-        self._running[candidate.id] = f"{progress:.0%} {value:.3f}"
-        self._refresh()
-
-    def ended(self, candidate: Candidate, ended: Any) -> None:
-        """A trial ends: one line that stays."""
-        self._running.pop(candidate.id, None)
-        row = self._search.row(candidate)
-        self._progress.console.print(f"{candidate.id}  {candidate.changes}  {'  '.join(row.cells())}", markup=False, highlight=False, soft_wrap=True)
-        self._progress.advance(self._bar)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        self._progress.update(self._bar, description="  ".join(self._running.values()))
 
 
 if __name__ == "__main__":

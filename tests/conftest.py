@@ -143,7 +143,9 @@ class Told:
         return [found.values["loss"] for found in self.readings if (found.stage, found.split) == (stage, split)]
 
 
-def train_here(tree: dict[str, Any], ranks: Ranks, stop: threading.Event | None = None, told: Told | None = None) -> Told:
+def train_here(
+    tree: dict[str, Any], ranks: Ranks, stop: threading.Event | None = None, told: Told | None = None
+) -> Told:
     """`claim` and `run` as the door calls them, readings.jsonl included; `told` is filled even when the run raises."""
     from dstrain.readings import JsonLines, fan_out
     from dstrain.run import Watch, claim, run

@@ -17,7 +17,17 @@ from conftest import ROOT
 from torch import Tensor, nn
 
 from dstrain.ds_plan import Facts, read_plan, resolve
-from dstrain.engine import Diverged, Engine, Place, Ranks, find_place, free_port, join_ranks, leave_ranks, peak_memory_gb
+from dstrain.engine import (
+    Diverged,
+    Engine,
+    Place,
+    Ranks,
+    find_place,
+    free_port,
+    join_ranks,
+    leave_ranks,
+    peak_memory_gb,
+)
 from dstrain.optim import OptimSettings, build_optimizer
 from dstrain.precision import DTYPES, LossScaleSettings
 from dstrain.schema import UserError
@@ -87,8 +97,8 @@ def test_ranks_of_srun_on_several_nodes_meet_on_the_first(tmp_path: Path, monkey
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     slurm = {
-        "SLURM_JOB_ID": "9", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]",
-        "SLURM_LOCALID": "0",
+        "SLURM_JOB_ID": "9", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_LOCALID": "0",
     }  # fmt: skip
     places = [find_place({**slurm, "SLURM_PROCID": str(rank)}) for rank in range(2)]
     assert [place.address for place in places] == ["gpu07", "gpu07"]
@@ -217,7 +227,7 @@ class Truth:
 
 def check_close(engine: Engine, truth: Truth) -> None:
     for name, wanted in truth.masters.state_dict().items():
-        torch.testing.assert_close(engine.weights()[name], wanted, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(engine.weights()[name], wanted, **CLOSE)
 
 
 @pytest.fixture(params=[(plan, precision) for plan in PLANS for precision in PRECISIONS], ids="-".join)
@@ -341,7 +351,7 @@ def test_what_cannot_be_loaded_is_one_sentence(ranks: Ranks, tmp_path: Path) -> 
         engine.load(folder)
     weights.write_bytes(intact)
     moments.with_name(moments.name.replace("rank_0", "rank_1", 1)).write_bytes(moments.read_bytes())
-    with pytest.raises(UserError, match=r"was saved by 2 ranks, and now there are 1; start with as many ranks as before"):
+    with pytest.raises(UserError, match=r"was saved by 2 ranks, and now there are 1; start with as many"):
         engine.load(folder)
     for file in folder.rglob("*optim_states.pt"):
         file.unlink()

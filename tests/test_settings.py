@@ -1,4 +1,5 @@
 """What a file says, what the machine and the command line change, and everything that can be wrong with it."""
+# ruff: noqa: E501  (messages stand verbatim)
 
 from __future__ import annotations
 
@@ -123,7 +124,9 @@ def _bounds() -> list[tuple[str, str, float]]:
     found = []
     for row in [*explain(RunSettings), *explain(SearchSettings, "search.")]:
         parts = row.bounds.split()
-        for sign, number in zip(parts[::2], parts[1::2], strict=True) if parts and parts[0] in (">", ">=", "<", "<=") else ():
+        for sign, number in (
+            zip(parts[::2], parts[1::2], strict=True) if parts and parts[0] in (">", ">=", "<", "<=") else ()
+        ):
             limit = float(number) if "." in number or "e" in number else int(number)
             outside = {">": limit, "<": limit, ">=": limit - 1, "<=": limit + 1}[sign]
             found.append((row.address, f"{sign} {number}", outside))
@@ -136,7 +139,10 @@ def test_there_are_bounds_of_each_class() -> None:
 
 @pytest.mark.parametrize(("address", "bound", "outside"), _bounds(), ids=lambda value: str(value))
 def test_every_bound_is_held_and_told(write: Write, address: str, bound: str, outside: float) -> None:
-    tree: dict[str, Any] = {"base": tiny_run(Path("/corpus"), Path("runs")), "search": {"metric": "finetune/valid/loss"}}
+    tree: dict[str, Any] = {
+        "base": tiny_run(Path("/corpus"), Path("runs")),
+        "search": {"metric": "finetune/valid/loss"},
+    }
     owner, _, leaf = address.removeprefix("search.").rpartition(".")
     words = owner.split(".") if owner else []
     place = []

@@ -33,7 +33,7 @@ def test_full_size_is_the_published_study(path: Path) -> None:
     settings = run_settings(read_document(path, full_size=True))
     if path.stem != "smoke":
         assert settings.encoder.preset == "bert_small"
-        assert [stage.corpus.name for stage in settings.stages.values()][0] == "wikipedia"
+        assert next(iter(settings.stages.values())).corpus.name == "wikipedia"
         assert all(stage.tokens_per_batch == 32_768 for stage in settings.stages.values())
 
 
