@@ -1,10 +1,10 @@
 """The only module that says `deepspeed`: joining the ranks, and one engine per stage that steps, saves and loads.
 
-    ranks = join_ranks()                      # torchrun, deepspeed, srun, a Ray trial or plain python
-    engine = Engine(task, optimizer, plan, ranks)
-    loss_sum, evidence = engine(batch)
-    engine.backward(loss)                     # once per micro-batch
-    engine.step(lr_factor)                    # once per micro-batch too; the weights move at the last one
+ranks = join_ranks()                      # torchrun, deepspeed, srun, a Ray trial or plain python
+engine = Engine(task, optimizer, plan, ranks)
+loss_sum, evidence = engine(batch)
+engine.backward(loss)                     # once per micro-batch
+engine.step(lr_factor)                    # once per micro-batch too; the weights move at the last one
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
             int(environ.get("LOCAL_RANK", "0")),
             environ.get("MASTER_ADDR", "127.0.0.1"),
             int(environ.get("MASTER_PORT", "29500")),
-            "launcher",
+            _launcher(environ),
         )
     if int(environ.get("SLURM_STEP_NUM_TASKS", "0")) > 1:
         job, step = int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_STEP_ID", "0"))
@@ -72,6 +72,12 @@ def find_place(environ: Mapping[str, str]) -> Place:
             "srun",
         )
     return Place(0, 1, 0, "127.0.0.1", free_port(), "plain python")
+
+
+def _launcher(environ: Mapping[str, str]) -> str:
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return "torchrun"
+    return environ.get("DSTRAIN_LAUNCHER", "deepspeed" if "CROSS_RANK" in environ else "RANK variables")
 
 
 def _first_host(environ: Mapping[str, str]) -> str:

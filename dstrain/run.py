@@ -102,7 +102,7 @@ def train(stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ran
     """One stage on a DeepSpeed engine of its own."""
     with ranks.first() as mine:
         if mine:
-            write_whole(site.folder / "ds_config.json", json.dumps(ready.plan, indent=1))
+            write_whole(settings.folder / f"ds_config.{site.name}.json", json.dumps(ready.plan, indent=1))
     optimizer = build_optimizer(groups(task, stage), stage.optim, ranks.device)
     engine = Engine(task, optimizer, ready.plan, ranks)
     try:
@@ -314,7 +314,7 @@ def leave_evidence(settings: RunSettings, vocabulary: Vocabulary, ranks: Ranks) 
 def run_files(folder: Path) -> list[Path]:
     """The small files of a run folder that are worth an artifact."""
     here = ("settings.yaml", "environment.txt", "code.diff", "readings.jsonl", "failure.txt")
-    return [file for name in (*here, "stages/*/ds_config.json") for file in sorted(folder.glob(name))]
+    return [file for name in (*here, "ds_config.*.json") for file in sorted(folder.glob(name))]
 
 
 def finished(site: Site) -> Progress | None:

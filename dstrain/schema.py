@@ -156,19 +156,22 @@ def _plain(value: Any) -> Any:
 def set_path(tree: dict[str, Any], address: str, value: Any) -> None:
     """Sets `a.b.c` in a nested mapping, making the levels that are missing.
 
-    A new `kind` starts its mapping afresh, because the old kind's keys mean nothing to the new one. Raises UserError
-    when a level is not a mapping.
+    A new `kind` starts its mapping afresh, because the old kind's keys mean nothing to the new one. The levels on the way
+    are copied first: with YAML anchors one mapping may stand in several places. Raises UserError when a level is not a
+    mapping.
     """
     *parents, last = address.split(".")
     for depth, parent in enumerate(parents):
-        inner = tree.setdefault(parent, {})
+        inner = tree.get(parent, {})
         if not isinstance(inner, dict):
             inside = ".".join(parents[: depth + 1])
             raise UserError(
                 f"{address}: {inside} is {_short(inner)}, which has no settings inside; "
                 f"set {inside} itself, or name another"
             )
-        tree = inner
+        copied = dict(inner)
+        tree[parent] = copied
+        tree = copied
     if last == "kind" and tree.get("kind", value) != value:
         tree.clear()
     tree[last] = value

@@ -394,6 +394,7 @@ def trial(config: dict[str, Any]) -> None:
             "LOCAL_RANK": "0",
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
+            "DSTRAIN_LAUNCHER": "ray",
         }
         for rank in range(len(ranks))
     ]  # LOCAL_RANK is 0 because Ray shows each actor its own device only

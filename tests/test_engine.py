@@ -46,12 +46,12 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-7}
     [
         (
             {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "1234"},
-            Place(3, 4, 1, "node7", 1234, "launcher"),
+            Place(3, 4, 1, "node7", 1234, "RANK variables"),
         ),
         # torchrun inside a step of srun: the inner launcher knows better
         (
             {"RANK": "0", "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_JOB_ID": "1"},
-            Place(0, 2, 0, "127.0.0.1", 29500, "launcher"),
+            Place(0, 2, 0, "127.0.0.1", 29500, "RANK variables"),
         ),
         (
             {

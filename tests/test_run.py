@@ -206,7 +206,7 @@ def test_a_forecast_is_what_happens(small_corpus: Path, tmp_path: Path, ranks: R
     assert pretrain.tokens_per_epoch * 2 == last.tokens
     assert pretrain.documents == 60
     assert str(pretrain.parameters) == told.tags["parameters"]
-    assert pretrain.plan == json.loads((settings.folder / "stages/pretrain/ds_config.json").read_text())
+    assert pretrain.plan == json.loads((settings.folder / "ds_config.pretrain.json").read_text())
     assert any("longer than 64 tokens" in note for note in pretrain.notes)
     two_ranks = forecast(settings, 2, ranks.device, silent)[0]
     assert pretrain.steps / 2 <= two_ranks.steps <= pretrain.steps / 2 + 1 and two_ranks.plan["train_batch_size"] == 2
@@ -292,7 +292,7 @@ def test_a_run_leaves_evidence(small_corpus: Path, tmp_path: Path, ranks: Ranks)
     told = train_here(tiny_run(small_corpus, tmp_path), ranks)
     folder = told.settings.folder
     names = {file.relative_to(folder).as_posix() for file in run_files(folder)}
-    assert {"settings.yaml", "environment.txt", "readings.jsonl", "stages/pretrain/ds_config.json"} <= names
+    assert {"settings.yaml", "environment.txt", "readings.jsonl", "ds_config.pretrain.json"} <= names
     assert load_run(folder / "settings.yaml") == told.settings, "the folder's settings are the run's"
     assert (folder / "vocabulary").is_dir()
     assert told.tags["device"] == "cpu" and told.tags["world_size"] == "1"

@@ -208,5 +208,5 @@ def test_deepspeeds_own_flags_are_understood(small_corpus: Path, tmp_path: Path)
         tmp_path, "deepspeed", 2, str(file), "--deepspeed", "--deepspeed_config", str(ROOT / "ds_configs/zero2.json")
     )
     assert done.returncode == 0, done.stderr
-    plan = json.loads((tmp_path / "run/stages/pretrain/ds_config.json").read_text())
+    plan = json.loads((tmp_path / "run/ds_config.pretrain.json").read_text())
     assert (plan["zero_optimization"]["stage"], plan["train_batch_size"]) == (2, 2)
