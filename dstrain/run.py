@@ -63,7 +63,7 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
     ready = make_ready(settings, vocabulary, precision, ranks, watch.say)
     with ranks.first() as mine:
         if mine:
-            leave_evidence(settings, vocabulary, ranks)
+            leave_evidence(settings, vocabulary, ready, ranks)
     outcome, first_step, weights = Outcome(), 0, None
     noted: set[str] = set()
     for name, stage in settings.stages.items():
@@ -100,9 +100,6 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
 
 def train(stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ranks, watch: Watch) -> Progress:
     """One stage on a DeepSpeed engine of its own."""
-    with ranks.first() as mine:
-        if mine:
-            write_whole(settings.folder / f"ds_config.{site.name}.json", json.dumps(ready.plan, indent=1))
     optimizer = build_optimizer(groups(task, stage), stage.optim, ranks.device)
     engine = Engine(task, optimizer, ready.plan, ranks)
     try:
@@ -305,8 +302,10 @@ def set_aside(folder: Path) -> None:
         folder.rename(aside)
 
 
-def leave_evidence(settings: RunSettings, vocabulary: Vocabulary, ranks: Ranks) -> None:
-    """What made the run: code, environment, vocabulary."""
+def leave_evidence(settings: RunSettings, vocabulary: Vocabulary, ready: dict[str, Ready], ranks: Ranks) -> None:
+    """What made the run: code, environment, vocabulary, and the DeepSpeed JSON of every stage."""
+    for name, stage in ready.items():
+        write_whole(settings.folder / f"ds_config.{name}.json", json.dumps(stage.plan, indent=1))
     collect(ROOT, device=device_name(ranks), world_size=ranks.world).write(settings.folder)
     vocabulary.save(settings.folder / "vocabulary")
 

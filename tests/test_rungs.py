@@ -152,7 +152,7 @@ def test_a_grace_that_is_neither_steps_nor_share_is_one_sentence(grace: object) 
     with pytest.raises(UserError) as error:
         validate(AshaSettings, {"grace": grace}, "f.yaml", "search.scheduler.")
     shown = "'true'" if grace is True else repr(grace)  # truth values are told as the words they are in YAML
-        assert str(error.value).startswith(f"f.yaml: search.scheduler.grace: {shown} is neither")
+    assert str(error.value).startswith(f"f.yaml: search.scheduler.grace: {shown} is neither")
     assert "\n" not in str(error.value)
 
 
