@@ -284,4 +284,9 @@ def _silent(sentence: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is written and the ranks have parted. Native threads of torch and gloo are now and then still there when the
+    # interpreter takes itself apart, and abort the process: a finished run must not exit with their status.
+    os._exit(status)

@@ -43,7 +43,8 @@ def launch(folder: Path, launcher: str, ranks: int, *words: str) -> subprocess.C
     done = subprocess.run(
         command(launcher, ranks, *words), cwd=folder, env=environ, capture_output=True, text=True, timeout=300
     )
-    left = [process for process in psutil.process_iter() if mark in _environ(process).values()]
+    ours = [process for process in psutil.process_iter() if mark in _environ(process).values()]
+    _, left = psutil.wait_procs(ours, timeout=10)  # the launcher does not wait for a rank's own last breath
     assert left == [], f"processes are left: {left}"
     return done
 
