@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -271,11 +274,43 @@ def inherit(task: Task, weights: dict[str, Tensor] | None, say: Say, stage: str)
 # ----------------------------------------------------------------------------------------------- the folder
 
 
+_held: dict[Path, IO[str]] = {}
+
+
+def hold(folder: Path) -> None:
+    """Keeps other processes out of a run or search folder until this one ends.
+
+    Raises UserError that names who is in there, or when nothing can be written there.
+    """
+    path = folder.resolve() / "in-use"
+    if path in _held:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another output_dir=...") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it dies
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise UserError(
+            f"{folder}: is in use by {file.read().strip() or 'another process'}; wait for it, end it, or give name=..."
+        ) from None
+    except OSError:  # a file system without locks
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _held[path] = file
+
+
 def claim(settings: RunSettings) -> None:
     """Makes the run folder, or checks that the one there belongs to a run with these very settings.
 
     A folder in which no stage has begun is taken over: a mistake in the data or the settings can be put right.
     """
+    hold(settings.folder)
     file = settings.folder / "settings.yaml"
     wanted = dump_yaml({"base": plain(settings)})
     if not file.exists() or not (settings.folder / "stages").exists():
@@ -299,7 +334,11 @@ def set_aside(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1
     if folder.exists():
+        hold(folder)
+        held = _held.pop(folder.resolve() / "in-use", None)
         folder.rename(aside)
+        if held:
+            held.close()
 
 
 def leave_evidence(settings: RunSettings, vocabulary: Vocabulary, ready: dict[str, Ready], ranks: Ranks) -> None:

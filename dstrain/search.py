@@ -20,7 +20,7 @@ from typing import Any, Literal
 from dstrain.loop import Course
 from dstrain.optim import warmup_steps
 from dstrain.readings import READINGS_FILE, Reading, amount, duration, read_readings
-from dstrain.run import run_vocabulary, stage_corpus, write_whole
+from dstrain.run import hold, run_vocabulary, stage_corpus, write_whole
 from dstrain.rungs import History, NoSchedulerSettings, Rungs, early_cut, open_rungs
 from dstrain.schema import UserError, dump_yaml, read_yaml, together
 from dstrain.settings import Document, RunSettings, SearchSettings, load_search, plain, run_settings
@@ -189,6 +189,7 @@ class Search:
 
     def claim(self) -> None:
         """Makes the search's folder, or checks that the one there searches around the same base."""
+        hold(self.folder)
         file = self.folder / "search.yaml"
         base = dict(plain(self.base))
         if file.exists() and (there := read_yaml(file).get("base")) != json.loads(json.dumps(base)):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -391,3 +394,19 @@ def test_another_kind_of_attention_takes_the_weights_and_keeps_its_own_draws(
     assert all(torch.equal(first_weights[1][name], own[name]) for name in draws)
     given = {name for name in best if name.startswith("encoder.")}
     assert all(torch.equal(first_weights[1][name], best[name]) for name in given)
+
+
+def test_a_folder_in_use_is_refused_with_the_name_of_its_user(small_corpus: Path, tmp_path: Path) -> None:
+    settings = validate(RunSettings, tiny_run(small_corpus, tmp_path), "tiny.yaml")
+    program = f"from pathlib import Path; from dstrain.run import hold; hold(Path({str(settings.folder)!r})); input()"
+    other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, text=True)
+    try:
+        mark = settings.folder / "in-use"
+        while other.poll() is None and not (mark.exists() and mark.read_text()):
+            time.sleep(0.05)
+        with pytest.raises(UserError, match=rf"is in use by process {other.pid} on \S+; wait for it, end it, or give name"):
+            claim(settings)
+    finally:
+        other.communicate("\n")
+    claim(settings)
+    claim(settings)
