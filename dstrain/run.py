@@ -61,7 +61,7 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
     precision = choose(settings.precision, ranks.device)
     if (folder / "outcome.json").exists():
         watch.say(f"{folder}: already finished")
-        return Outcome(**json.loads((folder / "outcome.json").read_text()))
+        return Outcome(**read_record(folder / "outcome.json"))
     vocabulary = run_vocabulary(settings, watch.say)
     ready = make_ready(settings, vocabulary, precision, ranks, watch.say)
     with ranks.first() as mine:
@@ -358,7 +358,15 @@ def run_files(folder: Path) -> list[Path]:
 def finished(site: Site) -> Progress | None:
     """The end of a stage that an earlier start of this run completed."""
     file = site.folder / "done.json"
-    return Progress(**json.loads(file.read_text())) if file.exists() else None
+    return Progress(**read_record(file)) if file.exists() else None
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What `write_whole` left as JSON. Raises UserError when somebody else has been at it."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{file}: is damaged; remove it, and the same command does that part again") from None
 
 
 def write_whole(file: Path, text: str) -> None:

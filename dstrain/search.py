@@ -20,7 +20,7 @@ from typing import Any, Literal
 from dstrain.loop import Course
 from dstrain.optim import warmup_steps
 from dstrain.readings import READINGS_FILE, Reading, amount, duration, read_readings
-from dstrain.run import hold, run_vocabulary, stage_corpus, write_whole
+from dstrain.run import hold, read_record, run_vocabulary, stage_corpus, write_whole
 from dstrain.rungs import History, NoSchedulerSettings, Rungs, early_cut, open_rungs
 from dstrain.schema import UserError, dump_yaml, read_yaml, together
 from dstrain.settings import Document, RunSettings, SearchSettings, load_search, plain, run_settings
@@ -64,7 +64,7 @@ class Candidate:
     def ended(self) -> Ended | None:
         """How it ended; None while it has not."""
         file = self.folder / "ended.json"
-        return Ended(**json.loads(file.read_text())) if file.exists() else None
+        return Ended(**read_record(file)) if file.exists() else None
 
     def end(self, state: State, reason: str) -> Ended:
         """Writes down how it ended."""

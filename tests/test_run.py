@@ -410,3 +410,11 @@ def test_a_folder_in_use_is_refused_with_the_name_of_its_user(small_corpus: Path
         other.communicate("\n")
     claim(settings)
     claim(settings)
+
+
+@pytest.mark.parametrize("text", ['{"st', "3", "\x00"])
+def test_a_damaged_record_is_a_sentence(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "done.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"done\.json: is damaged; remove it, and the same command does that part again"):
+        run_module.read_record(file)
