@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -349,9 +349,6 @@ def keep(engine: Engine, file: Path) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(weights, draft)
             draft.rename(file)
-
-
-Forward = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
 
 
 @torch.no_grad()
