@@ -23,32 +23,29 @@ UNIT_EPS = 1e-6
 
 
 class Tile(NamedTuple):
-    """Some heads of a run of equally long, adjacent documents: one batched matrix product (B = documents x heads)."""
+    """All heads of a run of equally long, adjacent documents: one batched matrix product (B = documents x heads)."""
 
     start: int
     documents: int
     length: int
-    heads: slice
 
-    def _view(self, x_THD: Tensor) -> Tensor:
-        """(documents, heads, L, D) without a copy."""
+    def _view(self, x_THD: Tensor, rows: slice) -> Tensor:
+        """(documents, heads, rows, D) without a copy."""
         tokens = x_THD[self.start : self.start + self.documents * self.length]
-        return tokens.unflatten(0, (self.documents, self.length))[:, :, self.heads].transpose(1, 2)
+        return tokens.unflatten(0, (self.documents, self.length))[:, rows].transpose(1, 2)
 
-    def read(self, x_THD: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, L, D), contiguous, in `dtype`; the caller may overwrite it."""
-        view = self._view(x_THD)
-        return torch.empty(view.shape, dtype=dtype, device=view.device).copy_(view).flatten(0, 1)
+    def read(self, x_THD: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """(B, rows, D) in `dtype`: a view where that is possible, so nobody may write to it."""
+        return self._view(x_THD, rows).to(dtype).flatten(0, 1)
 
     def write(self, x_THD: Tensor, rows: slice, values_BLD: Tensor) -> None:
         """Puts (B, rows, D) where `read` found them."""
-        target = self._view(x_THD)[:, :, rows]
+        target = self._view(x_THD, rows)
         target.copy_(values_BLD.unflatten(0, target.shape[:2]))
 
     def per_head(self, x_HXX: Tensor) -> Tensor:
         """(H, ...) as (B, ...): each head's share, once for each document."""
-        mine = x_HXX[self.heads]
-        return mine.expand(self.documents, *mine.shape).flatten(0, 1)
+        return x_HXX.expand(self.documents, *x_HXX.shape).flatten(0, 1)
 
 
 def equal_length_runs(sequences: Sequences) -> Iterator[tuple[int, int, int]]:
@@ -63,15 +60,12 @@ def equal_length_runs(sequences: Sequences) -> Iterator[tuple[int, int, int]]:
         index = end
 
 
-def tiles(sequences: Sequences, num_heads: int, rows: int) -> Iterator[Tile]:
-    """All heads of all documents, in tiles of about `rows` rows (a tile holds at least one head of one document)."""
+def tiles(sequences: Sequences, rows: int) -> Iterator[Tile]:
+    """All documents, in tiles of about `rows` tokens (a tile holds at least one document)."""
     for start, documents, length in equal_length_runs(sequences):
-        heads = max(1, min(num_heads, rows // length))
-        together = max(1, rows // (length * num_heads))
+        together = max(1, rows // length)
         for first in range(0, documents, together):
-            count = min(together, documents - first)
-            for head in range(0, num_heads, heads):
-                yield Tile(start + first * length, count, length, slice(head, min(head + heads, num_heads)))
+            yield Tile(start + first * length, min(together, documents - first), length)
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

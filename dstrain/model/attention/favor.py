@@ -15,6 +15,10 @@ exp(-|q_i|^2/2) stands in numerator and denominator and cancels. Every weight is
 denominator can vanish, so there is no epsilon and no clamp, and out_i lies among the rows of V. Both attentions are
 computed in blocks that the backward pass computes anew; the features, M numbers per token, are never stored.
 
+Keys and queries may be centred first, which leaves exact attention alone and makes the estimate better:
+exp(q.k) is, up to a factor of q, exp((q - a).(k - b)) exp(a.k). In the formulas above that adds (a + b).k_j to the
+scores of the keys and takes w_m.(a + b) from z_m, so only the sum matters: the shift s = mean key (+ mean query).
+
 Shapes: T tokens, H heads, D head size, M features, L length, B documents x heads of one tile.
 """
 
@@ -28,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dstrain.model.attention.blocked import LOG2E, Tile, product_dtype, tiles, unit, unit_backward, work_dtype
+from dstrain.model.attention.blocked import LOG2E, UNIT_EPS, Tile, product_dtype, tiles, work_dtype
 from dstrain.model.attention.draws import generator
 from dstrain.packed import Sequences
 from dstrain.schema import Settings, setting
@@ -53,6 +57,8 @@ class FavorSettings(Settings):
     """Draw projections as pairs w, -w; each counts as a feature."""
     center_keys: bool = True
     """Subtract a document's mean key. Softmax is blind to it, the estimator is not: a shared bias is pure variance."""
+    center_queries: bool = False
+    """Subtract a document's mean query too, and hand what it scores back to the keys exactly."""
 
     @property
     def tied_qk(self) -> bool:
@@ -87,9 +93,7 @@ class Favor(nn.Module):
             scale_H = torch.exp(self.log_temperature_H.to(work_dtype(q_THD)) / 2)
         else:
             scale_H = self.projection_HMD.new_full((self.num_heads,), self.head_dim**-0.25, dtype=work_dtype(q_THD))
-        return _TwoSoftmaxes.apply(
-            q_THD, k_THD, v_THD, scale_H, self.projection_HMD, sequences, settings.normalize_qk, settings.center_keys
-        )
+        return _TwoSoftmaxes.apply(q_THD, k_THD, v_THD, scale_H, self.projection_HMD, sequences, settings)
 
     def set_step(self, step: int) -> None:
         """New projections when the schedule asks for them; called between optimizer steps, never inside one."""
@@ -148,154 +152,226 @@ def draw_projection(settings: FavorSettings, num_heads: int, head_dim: int, rng:
 # ------------------------------------------------------------------------------------------------- the kernel
 
 
+class _Side:
+    """Queries or keys before the scale: as given, or as unit vectors."""
+
+    def __init__(self, x_THD: Tensor, normalize: bool) -> None:
+        self.x_THD, self.work = x_THD, work_dtype(x_THD)
+        square_TH1 = torch.linalg.vector_norm(x_THD, dim=-1, keepdim=True, dtype=self.work).square_()
+        self.inverse_TH1 = (square_TH1 + UNIT_EPS).rsqrt_() if normalize else None
+        self.half_square_TH1 = square_TH1.mul_(0.5)
+        if self.inverse_TH1 is not None:
+            self.half_square_TH1 *= self.inverse_TH1.square()
+
+    def read(self, tile: Tile, rows: slice) -> Tensor:
+        """(B, L, D)."""
+        x_BLD = tile.read(self.x_THD, rows, self.work)
+        return x_BLD if self.inverse_TH1 is None else x_BLD * tile.read(self.inverse_TH1, rows, self.work)
+
+    def half_squares(self, tile: Tile, rows: slice) -> Tensor:
+        """(B, L, 1): |x|^2 / 2."""
+        return tile.read(self.half_square_TH1, rows, self.work)
+
+    def write_gradient(self, tile: Tile, rows: slice, grad_THD: Tensor, grad_BLD: Tensor, x_BLD: Tensor) -> Tensor:
+        """Writes the gradient at what was given, from that at what was read, whose part along x is returned: (B, L).
+
+        A unit vector cannot grow, so that part is lost; the rest shrinks by the length that was divided out.
+        """
+        along_BL = torch.linalg.vecdot(grad_BLD, x_BLD)
+        if self.inverse_TH1 is not None:
+            grad_BLD.addcmul_(x_BLD, along_BL.unsqueeze(-1), value=-1)
+            grad_BLD *= tile.read(self.inverse_TH1, rows, self.work)
+        tile.write(grad_THD, rows, grad_BLD)
+        return along_BL
+
+    def add_gradient(self, tile: Tile, rows: slice, grad_THD: Tensor, grad_B1D: Tensor) -> None:
+        """Adds the gradient at what was given from one that all rows read have in common."""
+        x_BLD = self.read(tile, rows)
+        total_BLD = tile.read(grad_THD, rows, self.work)
+        if self.inverse_TH1 is None:
+            total_BLD = total_BLD + grad_B1D
+        else:
+            lost_BLD = x_BLD * torch.bmm(x_BLD, grad_B1D.mT)
+            total_BLD = total_BLD + (grad_B1D - lost_BLD) * tile.read(self.inverse_TH1, rows, self.work)
+        tile.write(grad_THD, rows, total_BLD)
+
+
 class _Points(NamedTuple):
     """The M inducing points of each document and head."""
 
-    mass_B1M: Tensor
+    shift_B1D: Tensor
+    """s, before the scale."""
+    peak_BM1: Tensor
+    """Each feature's log-sum-exp over the keys, in base 2."""
+    mass_BM1: Tensor
     """z in base 2."""
     values_BMD: Tensor
     """A."""
 
 
-class _Side(NamedTuple):
-    """Queries or keys of a tile before the scale: as given or as unit vectors, keys less their mean."""
-
-    x_BLD: Tensor
-    unit_BLD: Tensor | None
-    inverse_BL1: Tensor | None
-
-
-def _read_side(tile: Tile, x_THD: Tensor, normalize: bool, center: bool) -> _Side:
-    x_BLD = tile.read(x_THD, work_dtype(x_THD))
-    unit_BLD = inverse_BL1 = None
-    if normalize:
-        x_BLD, inverse_BL1 = unit(x_BLD)
-        unit_BLD = x_BLD
-    if center:
-        x_BLD = x_BLD - x_BLD.mean(1, keepdim=True)
-    return _Side(x_BLD, unit_BLD, inverse_BL1)
-
-
-def _side_backward(grad_BLD: Tensor, side: _Side, center: bool) -> Tensor:
-    if center:
-        grad_BLD = grad_BLD - grad_BLD.mean(1, keepdim=True)
-    if side.unit_BLD is None or side.inverse_BL1 is None:
-        return grad_BLD
-    return unit_backward(grad_BLD, side.unit_BLD, side.inverse_BL1)
-
-
-def _with_ones(x_BND: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """[x, 1 ...]: row sums and per-row constants ride along in a matrix product instead of taking extra passes."""
-    wide = torch.ones(*x_BND.shape[:2], x_BND.shape[2] + columns, dtype=dtype, device=x_BND.device)
-    wide[:, :, : x_BND.shape[2]] = x_BND
-    return wide
-
-
 class _Kernel:
-    """The blocks of one forward or backward pass: precision, sizes, and the two attentions tile by tile."""
+    """The blocks of one forward or backward pass: all heads of a tile's documents at once, some rows at a time."""
 
-    def __init__(self, q_THD: Tensor, scale_H: Tensor, projection_HMD: Tensor, sequences: Sequences) -> None:
+    def __init__(
+        self, settings: FavorSettings, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor,
+        scale_H: Tensor, projection_HMD: Tensor, sequences: Sequences,
+    ) -> None:  # fmt: skip
+        self.settings, self.sequences = settings, sequences
         self.work, self.low = work_dtype(q_THD), product_dtype(q_THD)
+        self.num_heads, self.features, head_dim = projection_HMD.shape
+        self.pairs = math.ceil(self.features / 2) if settings.antithetic else self.features
+        self.queries, self.keys = (_Side(x_THD, settings.normalize_qk) for x_THD in (q_THD, k_THD))
+        self.v_THD = v_THD
         self.scale_H11 = scale_H.to(self.work)[:, None, None]
-        self.weights_HMD = projection_HMD.to(self.work) * self.scale_H11
-        self.sequences, (self.num_heads, self.features, _) = sequences, projection_HMD.shape
-        on_cpu = q_THD.device.type == "cpu"
-        self.rows_per_tile = 2048 if on_cpu else 1 << 20  # a CPU wants a tile near its caches, a GPU wants few launches
-        self.scores_per_block = 1 << 18 if on_cpu else 1 << 26
+        self.weights_HPD = projection_HMD[:, : self.pairs].to(self.work) * self.scale_H11
+        scores = 1 << 19 if q_THD.device.type == "cpu" else 1 << 26  # a CPU wants its caches, a GPU few launches
+        self.rows_per_block = max(32, scores // (self.num_heads * max(self.features, 4 * head_dim)))
 
-    def tiles(self) -> Iterator[tuple[Tile, Tensor, Tensor]]:
-        """Each tile with its heads' scaled projections (B, M, D) and scales (B, 1, 1)."""
-        for tile in tiles(self.sequences, self.num_heads, self.rows_per_tile):
-            yield tile, tile.per_head(self.weights_HMD), tile.per_head(self.scale_H11)
+    def tiles(self) -> Iterator[tuple[Tile, _Attention]]:
+        """Each tile and the two attentions in it."""
+        for tile in tiles(self.sequences, self.rows_per_block):
+            yield tile, _Attention(self, tile)
 
-    def blocks(self, x_BLD: Tensor) -> Iterator[slice]:
-        batch, length, _ = x_BLD.shape
-        rows = max(16, self.scores_per_block // (batch * self.features))
-        return (slice(first, min(first + rows, length)) for first in range(0, length, rows))
+    def blocks(self, tile: Tile) -> Iterator[slice]:
+        """Rows of each of the tile's documents."""
+        for first in range(0, tile.length, self.rows_per_block):
+            yield slice(first, min(first + self.rows_per_block, tile.length))
+
+    @property
+    def centred(self) -> list[_Side]:
+        """What the shift is the mean of."""
+        return [self.keys] * self.settings.center_keys + [self.queries] * self.settings.center_queries
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, multiplied in the product dtype, kept in the working dtype."""
         return torch.bmm(a.to(self.low), b.to(self.low)).to(self.work)
 
-    def key_scores(self, keys_BLD: Tensor, scale_B11: Tensor, weights_BMD: Tensor, rows: slice) -> Tensor:
-        """(B, M, rows): w_m.k_j - |k_j|^2/2 in base 2."""
-        keys = keys_BLD[:, rows]
-        half_squares_B1L = keys.square().sum(-1).unsqueeze(1) * (scale_B11.square() * (-0.5 * LOG2E))
-        return torch.baddbmm(half_squares_B1L, weights_BMD, keys.mT, alpha=LOG2E)
 
-    def query_scores(self, offset: Tensor, queries_BLD: Tensor, weights_BMD: Tensor, rows: slice) -> Tensor:
-        """(B, rows, M): w_m.q_i + offset in base 2."""
-        return torch.baddbmm(offset, queries_BLD[:, rows], weights_BMD.mT, alpha=LOG2E)
+class _Attention:
+    """Both attentions of one tile, block by block."""
 
-    def features_attend_to_keys(
-        self, keys_BLD: Tensor, values_BLD: Tensor, scale_B11: Tensor, weights_BMD: Tensor
-    ) -> _Points:
-        values = _with_ones(values_BLD, 1, self.low)
-        shape = (*weights_BMD.shape[:2], 1)
-        peak = torch.full(shape, -math.inf, dtype=self.work, device=values.device)
-        sums = torch.zeros(*shape[:2], values.shape[2], dtype=self.work, device=values.device)
-        for rows in self.blocks(keys_BLD):
-            scores = self.key_scores(keys_BLD, scale_B11, weights_BMD, rows)
-            higher = torch.maximum(peak, scores.amax(-1, keepdim=True))
-            sums *= torch.exp2(peak - higher)
-            sums += self.product(scores.sub_(higher).exp2_(), values[:, rows])
-            peak = higher
-        weighted, total = sums[..., :-1], sums[..., -1:]
-        return _Points((peak + total.log2()).mT, weighted / total)
+    def __init__(self, kernel: _Kernel, tile: Tile) -> None:
+        self.kernel, self.tile = kernel, tile
+        self.weights_BPD = tile.per_head(kernel.weights_HPD)
+        self.square_B11 = tile.per_head(kernel.scale_H11).square()
 
-    def queries_attend_to_features(
-        self, queries_BLD: Tensor, points: _Points, weights_BMD: Tensor
-    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows, their outputs, their log2 of the sum of exponentials) block by block."""
-        values = _with_ones(points.values_BMD, 1, self.low)
-        for rows in self.blocks(queries_BLD):
-            scores = self.query_scores(points.mass_B1M, queries_BLD, weights_BMD, rows)
-            peak = scores.amax(-1, keepdim=True)
-            sums = self.product(scores.sub_(peak).exp2_(), values)
-            weighted, total = sums[..., :-1], sums[..., -1:]
-            yield rows, weighted / total, peak + total.log2()
+    def scores(self, x_BLD: Tensor, bias: Tensor, bias_of_pair: Tensor) -> Tensor:
+        """(B, M, L) in base 2: bias + w_m.x_i. Of a pair w, -w only the first is multiplied out: the two scores add up
+        to the sum of their biases, `bias_of_pair`."""
+        kernel = self.kernel
+        scores = x_BLD.new_empty(len(x_BLD), kernel.features, x_BLD.shape[1])
+        first, second = scores[:, : kernel.pairs], scores[:, kernel.pairs :]
+        torch.baddbmm(bias, self.weights_BPD, x_BLD.mT, alpha=LOG2E, out=first)
+        torch.sub(bias_of_pair, first[:, : second.shape[1]], out=second)
+        return scores
 
-    def queries_backward(
-        self, queries_BLD: Tensor, points: _Points, weights_BMD: Tensor,
-        grad_BLD: Tensor, out_BLD: Tensor, lse_BL1: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Gradients at the queries (B, L, D), at A (B, M, D) and at z (B, M, 1)."""
-        grad_queries = torch.empty_like(queries_BLD)
-        grad_values = torch.zeros_like(points.values_BMD)
-        grad_mass = torch.zeros_like(points.mass_B1M)
-        values = _with_ones(points.values_BMD, 2, self.low)
-        grads = self._with_row_constant(grad_BLD, -(grad_BLD * out_BLD).sum(-1, keepdim=True))
-        for rows in self.blocks(queries_BLD):
-            weight = self.query_scores(points.mass_B1M - lse_BL1[:, rows], queries_BLD, weights_BMD, rows).exp2_()
-            grad_values += self.product(weight.mT, grads[:, rows, :-2])
-            grad_scores = self.product(grads[:, rows], values.mT).mul_(weight)
-            grad_mass += grad_scores.sum(1, keepdim=True)
-            grad_queries[:, rows] = self.product(grad_scores, weights_BMD)
-        return grad_queries, grad_values, grad_mass.mT
+    def key_scores(self, keys_BLD: Tensor, rows: slice, shift_B1D: Tensor) -> Tensor:
+        """(B, M, L): w_m.k_j + s.k_j - |k_j|^2/2."""
+        bias_BL1 = torch.bmm(keys_BLD, shift_B1D.mT) - self.kernel.keys.half_squares(self.tile, rows)
+        bias_B1L = bias_BL1.mul_(self.square_B11 * LOG2E).mT
+        return self.scores(keys_BLD, bias_B1L, 2 * bias_B1L)
 
-    def keys_backward(
-        self, keys_BLD: Tensor, values_BLD: Tensor, points: _Points, scale_B11: Tensor, weights_BMD: Tensor,
-        grad_points_BMD: Tensor, grad_mass_BM1: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Gradients at the keys and at the values, (B, L, D) each."""
-        grad_keys, grad_values = torch.empty_like(keys_BLD), torch.empty_like(values_BLD)
-        constant = grad_mass_BM1 - (grad_points_BMD * points.values_BMD).sum(-1, keepdim=True)
-        grads = self._with_row_constant(grad_points_BMD, constant)
-        values = _with_ones(values_BLD, 2, self.low)
-        weights = _with_ones(weights_BMD, 1, self.low)
-        mass_BM1 = points.mass_B1M.mT
-        for rows in self.blocks(keys_BLD):
-            weight = self.key_scores(keys_BLD, scale_B11, weights_BMD, rows).sub_(mass_BM1).exp2_()
-            grad_values[:, rows] = self.product(weight.mT, grads[:, :, :-2])
-            grad_scores = self.product(grads, values[:, rows].mT).mul_(weight)
-            sums = self.product(grad_scores.mT, weights)
-            grad_keys[:, rows] = sums[..., :-1] - keys_BLD[:, rows] * (scale_B11.square() * sums[..., -1:])
-        return grad_keys, grad_values
+    def query_scores(self, queries_BLD: Tensor, mass_BM1: Tensor) -> Tensor:
+        """(B, M, L): w_m.q_i + z_m."""
+        first, second = mass_BM1[:, : self.kernel.pairs], mass_BM1[:, self.kernel.pairs :]
+        return self.scores(queries_BLD, first, first[:, : second.shape[1]] + second)
 
-    def _with_row_constant(self, x_BND: Tensor, constant_BN1: Tensor) -> Tensor:
-        """[x, high, low] with constant = high + low: a bf16 product then adds a constant that was not rounded."""
-        high = constant_BN1.to(self.low).to(self.work)
-        return torch.cat([x_BND, high, constant_BN1 - high], -1).to(self.low)
+    def along_weights(self, x_BMX: Tensor) -> Tensor:
+        """(B, X, D): sum_m x_m w_m; overwrites x."""
+        first, second = x_BMX[:, : self.kernel.pairs], x_BMX[:, self.kernel.pairs :]
+        first[:, : second.shape[1]] -= second
+        return self.kernel.product(first.mT, self.weights_BPD)
+
+    def shift(self) -> Tensor:
+        """(B, 1, D): s."""
+        kernel, tile = self.kernel, self.tile
+        total_B1D = self.weights_BPD.new_zeros(len(self.weights_BPD), 1, self.weights_BPD.shape[2])
+        for side in kernel.centred:
+            for rows in kernel.blocks(tile):
+                total_B1D += side.read(tile, rows).sum(1, keepdim=True)
+        return total_B1D / tile.length
+
+    def points(self) -> _Points:
+        """Features attend to keys, with a running peak as the sums go through the blocks."""
+        kernel, tile, shift_B1D = self.kernel, self.tile, self.shift()
+        peak = self.weights_BPD.new_full((len(self.weights_BPD), kernel.features, 1), -math.inf)
+        total = torch.zeros_like(peak)
+        sums = total.new_zeros(*total.shape[:2], kernel.v_THD.shape[2])
+        for rows in kernel.blocks(tile):
+            scores = self.key_scores(kernel.keys.read(tile, rows), rows, shift_B1D)
+            higher = torch.maximum(peak, scores.amax(2, keepdim=True))
+            shrink = torch.exp2(peak - higher)
+            weight, peak = scores.sub_(higher).exp2_(), higher
+            total.mul_(shrink).add_(weight.sum(2, keepdim=True))
+            sums.mul_(shrink).add_(kernel.product(weight, tile.read(kernel.v_THD, rows, kernel.work)))
+        peak = peak + total.log2()
+        along_BP1 = torch.bmm(self.weights_BPD, shift_B1D.mT) * LOG2E
+        along_BM1 = torch.cat([along_BP1, -along_BP1[:, : kernel.features - kernel.pairs]], 1)
+        return _Points(shift_B1D, peak, peak - along_BM1, sums / total)
+
+    def outputs(self, rows: slice, points: _Points) -> tuple[Tensor, Tensor]:
+        """Queries attend to features: outputs (B, L, D) and their log2 of the sum of exponentials (B, L, 1)."""
+        kernel = self.kernel
+        scores = self.query_scores(kernel.queries.read(self.tile, rows), points.mass_BM1)
+        peak = scores.amax(1, keepdim=True)
+        weight = scores.sub_(peak).exp2_()
+        total = weight.sum(1, keepdim=True)
+        return kernel.product(weight.mT, points.values_BMD).div_(total.mT), (peak + total.log2()).mT
+
+
+class _Gradients:
+    """The backward pass of one tile: first the queries, then the keys, then what both owe to the shift."""
+
+    def __init__(self, attention: _Attention, points: _Points) -> None:
+        self.attention, self.kernel, self.tile, self.points = attention, attention.kernel, attention.tile, points
+        self.values_BMD = torch.zeros_like(points.values_BMD)
+        self.mass_BM1 = torch.zeros_like(points.mass_BM1)
+        self.shift_B1D = torch.zeros_like(points.shift_B1D)
+        self.along_B = torch.zeros_like(points.shift_B1D[:, 0, 0])
+        """The sum of <x, gradient at x> over queries and keys."""
+
+    def of_queries(self, grad_THD: Tensor, out_THD: Tensor, lse_TH1: Tensor, grad_q_THD: Tensor) -> None:
+        """Writes the gradient at q, collects those at A and z."""
+        kernel, tile, attention = self.kernel, self.tile, self.attention
+        # features differ little in what they hold; what all hold would drown the differences in a bf16 product
+        common_B1D = self.points.values_BMD.mean(1, keepdim=True)
+        values_BMD = self.points.values_BMD - common_B1D
+        for rows in kernel.blocks(tile):
+            queries_BLD = kernel.queries.read(tile, rows)
+            grad_BLD, out_BLD, lse_BL1 = (tile.read(x, rows, kernel.work) for x in (grad_THD, out_THD, lse_TH1))
+            lse_B1L = lse_BL1.mT.contiguous()
+            weight = attention.query_scores(queries_BLD, self.points.mass_BM1).sub_(lse_B1L).exp2_()
+            self.values_BMD += kernel.product(weight, grad_BLD)
+            along_BL1 = torch.linalg.vecdot(grad_BLD, out_BLD - common_B1D).unsqueeze(-1)
+            scores = kernel.product(values_BMD, grad_BLD.mT).sub_(along_BL1.mT).mul_(weight)
+            self.mass_BM1 += scores.sum(2, keepdim=True)
+            grad_BLD = attention.along_weights(scores)
+            self.along_B += kernel.queries.write_gradient(tile, rows, grad_q_THD, grad_BLD, queries_BLD).sum(1)
+
+    def of_keys(self, grad_k_THD: Tensor, grad_v_THD: Tensor) -> None:
+        """Writes the gradients at k and v, collects that at the shift."""
+        kernel, tile, attention, points = self.kernel, self.tile, self.attention, self.points
+        constant_BM1 = self.mass_BM1 - torch.linalg.vecdot(self.values_BMD, points.values_BMD).unsqueeze(-1)
+        for rows in kernel.blocks(tile):
+            keys_BLD, values_BLD = kernel.keys.read(tile, rows), tile.read(kernel.v_THD, rows, kernel.work)
+            weight = attention.key_scores(keys_BLD, rows, points.shift_B1D).sub_(points.peak_BM1).exp2_()
+            tile.write(grad_v_THD, rows, kernel.product(weight.mT, self.values_BMD))
+            scores = kernel.product(self.values_BMD, values_BLD.mT).add_(constant_BM1).mul_(weight)
+            bias_B1L = scores.sum(1, keepdim=True).mul_(attention.square_B11)
+            self.shift_B1D += torch.bmm(bias_B1L, keys_BLD)
+            grad_BLD = attention.along_weights(scores).addcmul_(bias_B1L.mT, points.shift_B1D - keys_BLD)
+            self.along_B += kernel.keys.write_gradient(tile, rows, grad_k_THD, grad_BLD, keys_BLD).sum(1)
+        self.shift_B1D -= attention.along_weights(self.mass_BM1)
+
+    def of_shift(self, grad_q_THD: Tensor, grad_k_THD: Tensor) -> None:
+        """Adds its share of the shift's gradient to every query and key that the shift is a mean of."""
+        kernel, tile = self.kernel, self.tile
+        share_B1D = self.shift_B1D / tile.length
+        grads = {kernel.queries: grad_q_THD, kernel.keys: grad_k_THD}
+        for side in kernel.centred:
+            for rows in kernel.blocks(tile):
+                side.add_gradient(tile, rows, grads[side], share_B1D)
+        self.along_B += torch.linalg.vecdot(self.shift_B1D, self.points.shift_B1D).squeeze(1)
 
 
 class _TwoSoftmaxes(torch.autograd.Function):
@@ -304,71 +380,47 @@ class _TwoSoftmaxes(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale_H: Tensor, projection_HMD: Tensor,
-        sequences: Sequences, normalize: bool, center: bool,
+        sequences: Sequences, settings: FavorSettings,
     ) -> Tensor:  # fmt: skip
         with torch.autocast(q_THD.device.type, enabled=False):
-            kernel = _Kernel(q_THD, scale_H, projection_HMD, sequences)
+            kernel = _Kernel(settings, q_THD, k_THD, v_THD, scale_H, projection_HMD, sequences)
             out_THD = torch.empty(v_THD.shape, dtype=v_THD.dtype, device=v_THD.device)
             lse_TH1 = torch.empty(*q_THD.shape[:2], 1, dtype=kernel.work, device=q_THD.device)
             kept: list[Tensor] = []
-            for tile, weights_BMD, scale_B11 in kernel.tiles():
-                keys_BLD = _read_side(tile, k_THD, normalize, center).x_BLD
-                points = kernel.features_attend_to_keys(keys_BLD, tile.read(v_THD, kernel.work), scale_B11, weights_BMD)
-                queries_BLD = _read_side(tile, q_THD, normalize, center=False).x_BLD
-                for rows, out, lse in kernel.queries_attend_to_features(queries_BLD, points, weights_BMD):
-                    tile.write(out_THD, rows, out)
-                    tile.write(lse_TH1, rows, lse)
+            for tile, attention in kernel.tiles():
+                points = attention.points()
+                for rows in kernel.blocks(tile):
+                    out_BLD, lse_BL1 = attention.outputs(rows, points)
+                    tile.write(out_THD, rows, out_BLD)
+                    tile.write(lse_TH1, rows, lse_BL1)
                 if _worth_keeping(tile, kernel):
                     kept.extend(points)
         ctx.save_for_backward(q_THD, k_THD, v_THD, scale_H, projection_HMD, out_THD, lse_TH1, *kept)
-        ctx.sequences, ctx.normalize, ctx.center = sequences, normalize, center
+        ctx.sequences, ctx.settings = sequences, settings
         return out_THD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_THD, v_THD, scale_H, projection_HMD, out_THD, lse_TH1, *kept = ctx.saved_tensors
-        normalize, center = ctx.normalize, ctx.center
         grad_q_THD, grad_k_THD, grad_v_THD = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THD, k_THD, v_THD)
         )
         saved = iter(kept)
         with torch.autocast(q_THD.device.type, enabled=False):
-            kernel = _Kernel(q_THD, scale_H, projection_HMD, ctx.sequences)
+            kernel = _Kernel(ctx.settings, q_THD, k_THD, v_THD, scale_H, projection_HMD, ctx.sequences)
             grad_scale_H = torch.zeros_like(kernel.scale_H11).flatten()
-            for tile, weights_BMD, scale_B11 in kernel.tiles():
-                if _worth_keeping(tile, kernel):
-                    points = _Points(next(saved), next(saved))
-                else:
-                    keys_BLD = _read_side(tile, k_THD, normalize, center).x_BLD
-                    values_BLD = tile.read(v_THD, kernel.work)
-                    points = kernel.features_attend_to_keys(keys_BLD, values_BLD, scale_B11, weights_BMD)
-
-                queries = _read_side(tile, q_THD, normalize, center=False)
-                around = (tile.read(x, kernel.work) for x in (grad_THD, out_THD, lse_TH1))
-                grad_BLD, grad_points, grad_mass = kernel.queries_backward(queries.x_BLD, points, weights_BMD, *around)
-                along_B = _along(grad_BLD, queries.x_BLD)
-                tile.write(grad_q_THD, slice(None), _side_backward(grad_BLD, queries, center=False))
-                del queries, grad_BLD  # a tile of one long document is large: only one side of it is held at a time
-
-                keys = _read_side(tile, k_THD, normalize, center)
-                grad_BLD, grad_values_BLD = kernel.keys_backward(
-                    keys.x_BLD, tile.read(v_THD, kernel.work), points, scale_B11, weights_BMD, grad_points, grad_mass
-                )
-                along_B += _along(grad_BLD, keys.x_BLD)
-                tile.write(grad_v_THD, slice(None), grad_values_BLD)
-                tile.write(grad_k_THD, slice(None), _side_backward(grad_BLD, keys, center))
-                del keys, grad_BLD, grad_values_BLD
-
-                # the kernel sees q and k only as scale * x, so the scale's gradient is <x, gradient at x> / scale
-                along_B /= scale_B11.flatten()
-                grad_scale_H[tile.heads] += along_B.unflatten(0, (tile.documents, -1)).sum(0)
-        return grad_q_THD, grad_k_THD, grad_v_THD, grad_scale_H.to(scale_H.dtype), None, None, None, None
-
-
-def _along(grad_BLD: Tensor, x_BLD: Tensor) -> Tensor:
-    """(B): the inner product of each document's and head's rows."""
-    return torch.linalg.vecdot(grad_BLD, x_BLD).sum(1)
+            for tile, attention in kernel.tiles():
+                keeps = _worth_keeping(tile, kernel)
+                points = _Points(*(next(saved) for _ in _Points._fields)) if keeps else attention.points()
+                gradients = _Gradients(attention, points)
+                gradients.of_queries(grad_THD, out_THD, lse_TH1, grad_q_THD)
+                gradients.of_keys(grad_k_THD, grad_v_THD)
+                gradients.of_shift(grad_q_THD, grad_k_THD)
+                grad_scale_H += gradients.along_B.unflatten(0, (tile.documents, -1)).sum(0)
+            # the kernel sees q and k only as scale * x, so the scale's gradient is <x, gradient at x> / scale
+            grad_scale_H /= kernel.scale_H11.flatten()
+        return grad_q_THD, grad_k_THD, grad_v_THD, grad_scale_H.to(scale_H.dtype), None, None, None
 
 
 def _worth_keeping(tile: Tile, kernel: _Kernel) -> bool:
