@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dstrain.engine import free_port
 from dstrain.model.attention import AttentionSettings
 from dstrain.packed import Sequences
 
@@ -101,6 +104,11 @@ def test_every_length_works_and_the_output_lies_among_the_values(case, length):
     out = attend(case, build(case), q, k, v, [length])
     assert out.shape == v.shape and out.dtype == v.dtype
     assert (out <= v.amax(0) + 1e-5).all() and (out >= v.amin(0) - 1e-5).all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind != "sdpa"], ids=name)
+def test_16384_tokens_work_like_any_other_length(case):
+    test_every_length_works_and_the_output_lies_among_the_values(case, 16_384)
 
 
 @every_case
@@ -204,6 +212,49 @@ def test_activation_checkpointing_changes_no_bit(case, reentrant):
     plain = grads(lambda f, *x: f(*x))
     recomputed = grads(lambda f, *x: checkpoint(f, *x, use_reentrant=reentrant, preserve_rng_state=False))
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+RANKS = """
+import os, sys, torch
+from torch import distributed
+sys.path.insert(0, sys.argv[1])
+import test_contract as contract
+torch.set_num_threads(1)
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+distributed.init_process_group("gloo")
+torch.manual_seed(rank)  # ranks differ in this, and it must not matter
+outs = []
+for case in contract.CASES:
+    module = contract.build(case).train()
+    for step in (0, 7):
+        module.set_step(step)
+        mine = contract.LENGTHS_OF_RANKS[rank::world]
+        q, k, v = (x.requires_grad_() for x in contract.tokens(case, mine))
+        out = contract.attend(case, module, q, k, v, mine)
+        out.square().sum().backward()
+        outs.append(dict(zip(mine, zip(out.split(mine), v.grad.split(mine), strict=True), strict=True)))
+every = [None] * world
+distributed.all_gather_object(every, outs)
+if rank == 0:
+    torch.save([{key: value for part in parts for key, value in part.items()} for parts in zip(*every)], sys.argv[2])
+distributed.destroy_process_group()
+"""
+LENGTHS_OF_RANKS = [40, 9, 70, 13]
+
+
+def test_two_ranks_compute_what_one_does(tmp_path):
+    def on_ranks(world):
+        port, file = str(free_port()), tmp_path / f"{world}.pt"
+        command = [sys.executable, "-c", RANKS, str(Path(__file__).parent), str(file)]
+        shared = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = [subprocess.Popen(command, env={**shared, "RANK": str(rank)}) for rank in range(world)]
+        assert [rank.wait(120) for rank in ranks] == [0] * world
+        return torch.load(file, weights_only=True)
+
+    for alone, shared in zip(on_ranks(1), on_ranks(2), strict=True):
+        assert alone.keys() == shared.keys()
+        for length in alone:
+            torch.testing.assert_close(shared[length], alone[length], rtol=0, atol=1e-12)
 
 
 OWN_KERNELS = [case for case in CASES if case.kind != "sdpa"]  # torch's own follows autocast
