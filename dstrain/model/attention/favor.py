@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dstrain.model.attention.blocked import LOG2E, UNIT_EPS, Tile, product_dtype, tiles, work_dtype
+from dstrain.model.attention.blocked import LOG2E, UNIT_EPS, Tile, product_dtype, tiles, unit, work_dtype
 from dstrain.model.attention.draws import generator
 from dstrain.packed import Sequences
 from dstrain.schema import Settings, setting
@@ -57,8 +57,11 @@ class FavorSettings(Settings):
     """Draw projections as pairs w, -w; each counts as a feature."""
     center_keys: bool = True
     """Subtract a document's mean key. Softmax is blind to it, the estimator is not: a shared bias is pure variance."""
-    center_queries: bool = False
+    center_queries: bool = True
     """Subtract a document's mean query too, and hand what it scores back to the keys exactly."""
+    projections: Literal["isotropic", "fitted"] = "isotropic"
+    """`fitted`: draw more projections along the directions in which a head's queries and keys vary, and weigh each by
+    how much oftener it was drawn (importance sampling). What varies is measured at the start of every stage."""
 
     @property
     def tied_qk(self) -> bool:
@@ -74,26 +77,29 @@ class Favor(nn.Module):
     """FAVOR+ within each document. Its projections are saved with the weights and stay fp32 in a half model."""
 
     projection_HMD: Tensor
+    offset_HM: Tensor
+    """Log of how much each projection counts for."""
     redraw: Tensor
+    spread_HDD: Tensor
+    """For fitted projections, the factor that an isotropic draw is multiplied by."""
 
     def __init__(self, settings: FavorSettings, num_heads: int, head_dim: int, layer: int, seed: int) -> None:
         super().__init__()
         self.settings, self.num_heads, self.head_dim, self.layer, self.seed = settings, num_heads, head_dim, layer, seed
         self.register_buffer("projection_HMD", self._draw(0))
+        self.register_buffer("offset_HM", torch.zeros_like(self.projection_HMD[..., 0]))
         self.register_buffer("redraw", torch.zeros((), dtype=torch.int64))
         self._drawn = 0  # what `redraw` holds, known without asking a GPU
         self.register_load_state_dict_post_hook(_remember_redraw)
+        if settings.projections == "fitted":
+            self.register_buffer("spread_HDD", torch.eye(head_dim).repeat(num_heads, 1, 1))
         if settings.normalize_qk:
             self.log_temperature_H = nn.Parameter(torch.full((num_heads,), math.log(settings.temperature)))
 
     def forward(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, sequences: Sequences) -> Tensor:
         """(T, H, D) of v's dtype."""
-        settings = self.settings
-        if settings.normalize_qk:
-            scale_H = torch.exp(self.log_temperature_H.to(work_dtype(q_THD)) / 2)
-        else:
-            scale_H = self.projection_HMD.new_full((self.num_heads,), self.head_dim**-0.25, dtype=work_dtype(q_THD))
-        return _TwoSoftmaxes.apply(q_THD, k_THD, v_THD, scale_H, self.projection_HMD, sequences, settings)
+        scale_H, projections = self._scale(q_THD), (self.projection_HMD, self.offset_HM)
+        return _TwoSoftmaxes.apply(q_THD, k_THD, v_THD, scale_H, *projections, sequences, self.settings)
 
     def set_step(self, step: int) -> None:
         """New projections when the schedule asks for them; called between optimizer steps, never inside one."""
@@ -101,9 +107,18 @@ class Favor(nn.Module):
             return
         number = step // self.settings.redraw_interval
         if number != self._drawn:
-            self.projection_HMD.copy_(self._draw(number))
             self.redraw.fill_(number)
             self._drawn = number
+            self._set_projection()
+
+    @torch.no_grad()
+    def adapt(self, q_THD: Tensor, k_THD: Tensor, sequences: Sequences) -> None:
+        """Fits the projections, if they are to be fitted, to such queries and keys as these."""
+        if self.settings.projections == "fitted":
+            normalize, square_H = self.settings.normalize_qk, self._scale(q_THD).double().square().cpu()
+            covariance_HDD = sum(_covariance(x_THD, sequences, normalize) for x_THD in (q_THD, k_THD))
+            self.spread_HDD.copy_(spread(covariance_HDD * square_H[:, None, None]))
+            self._set_projection()
 
     @property
     def kernel(self) -> str:
@@ -111,17 +126,34 @@ class Favor(nn.Module):
         return f"two softmaxes through {self.settings.nb_features} features (blocked PyTorch, recomputed in backward)"
 
     def flops(self, lengths: Sequence[int]) -> int:
-        """Multiplications and additions of one forward pass over documents of these lengths: four products."""
-        return 8 * sum(lengths) * self.num_heads * self.settings.nb_features * self.head_dim
+        """Multiplications and additions of one forward pass over documents of these lengths: four products, of which
+        pairs share two."""
+        pairs = math.ceil(self.settings.nb_features / 2) if self.settings.antithetic else self.settings.nb_features
+        return 4 * sum(lengths) * self.num_heads * (self.settings.nb_features + pairs) * self.head_dim
+
+    def _scale(self, like: Tensor) -> Tensor:
+        if self.settings.normalize_qk:
+            return torch.exp(self.log_temperature_H.to(work_dtype(like)) / 2)
+        return like.new_full((self.num_heads,), self.head_dim**-0.25, dtype=work_dtype(like))
 
     def _draw(self, number: int) -> Tensor:
         rng = generator("favor", self.seed, self.layer, number)
         return draw_projection(self.settings, self.num_heads, self.head_dim, rng)
 
+    def _set_projection(self) -> None:
+        drawn_HMD = self._draw(self._drawn).to(self.projection_HMD.device)
+        if self.settings.projections == "fitted":
+            fitted_HMD = drawn_HMD @ self.spread_HDD.mT
+            # the density of N(0, I) over that of N(0, B B^T), where B w was drawn
+            self.offset_HM.copy_((drawn_HMD.square() - fitted_HMD.square()).sum(-1) / 2)
+            drawn_HMD = fitted_HMD
+        self.projection_HMD.copy_(drawn_HMD)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Favor:
-        exact = self.projection_HMD  # .half() and .bfloat16() would round it, and orthogonality with it
+        exact = dict(self.named_buffers())  # .half() and .bfloat16() would round them, and orthogonality with them
         super()._apply(fn, recurse)
-        self.projection_HMD = exact.to(self.projection_HMD.device)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
         return self
 
 
@@ -147,6 +179,30 @@ def draw_projection(settings: FavorSettings, num_heads: int, head_dim: int, rng:
     if settings.antithetic:
         rows = torch.cat([rows, -rows], 1)[:, : settings.nb_features]
     return rows.float()
+
+
+def spread(covariance_HDD: Tensor) -> Tensor:
+    """(H, D, D) fp32: B such that projections B w follow N(0, B B^T), with B B^T proportional to I + covariance and of
+    determinant 1.
+
+    Likhosherstov et al. (2022, https://arxiv.org/abs/2205.15317; 2023, https://arxiv.org/abs/2302.00787) find the
+    features of least variance in closed form; this is importance sampling with their quadratic form. The determinant is
+    held because without it structureless inputs lose what structured ones win.
+    """
+    identity = torch.eye(covariance_HDD.shape[-1], dtype=torch.float64)
+    factor_HDD = torch.linalg.cholesky(covariance_HDD + identity)
+    log_diagonal_HD = factor_HDD.diagonal(dim1=-2, dim2=-1).log()
+    return (factor_HDD / log_diagonal_HD.mean(-1).exp()[:, None, None]).float()
+
+
+def _covariance(x_THD: Tensor, sequences: Sequences, normalize: bool) -> Tensor:
+    """(H, D, D) fp64 on the CPU: how queries or keys vary around the mean of their document."""
+    x_THD = x_THD.detach().double().cpu()
+    if normalize:
+        x_THD = unit(x_THD)[0]
+    documents = x_THD.split(sequences.lengths)
+    centred_THD = torch.cat([document - document.mean(0) for document in documents])
+    return torch.einsum("thd,the->hde", centred_THD, centred_THD) / len(centred_THD)
 
 
 # ------------------------------------------------------------------------------------------------- the kernel
@@ -214,7 +270,7 @@ class _Kernel:
 
     def __init__(
         self, settings: FavorSettings, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor,
-        scale_H: Tensor, projection_HMD: Tensor, sequences: Sequences,
+        scale_H: Tensor, projection_HMD: Tensor, offset_HM: Tensor, sequences: Sequences,
     ) -> None:  # fmt: skip
         self.settings, self.sequences = settings, sequences
         self.work, self.low = work_dtype(q_THD), product_dtype(q_THD)
@@ -224,6 +280,7 @@ class _Kernel:
         self.v_THD = v_THD
         self.scale_H11 = scale_H.to(self.work)[:, None, None]
         self.weights_HPD = projection_HMD[:, : self.pairs].to(self.work) * self.scale_H11
+        self.offset_HM1 = offset_HM.to(self.work).unsqueeze(-1)
         scores = 1 << 19 if q_THD.device.type == "cpu" else 1 << 26  # a CPU wants its caches, a GPU few launches
         self.rows_per_block = max(32, scores // (self.num_heads * max(self.features, 4 * head_dim)))
 
@@ -307,7 +364,8 @@ class _Attention:
         peak = peak + total.log2()
         along_BP1 = torch.bmm(self.weights_BPD, shift_B1D.mT) * LOG2E
         along_BM1 = torch.cat([along_BP1, -along_BP1[:, : kernel.features - kernel.pairs]], 1)
-        return _Points(shift_B1D, peak, peak - along_BM1, sums / total)
+        mass_BM1 = peak - along_BM1 + tile.per_head(kernel.offset_HM1) * LOG2E
+        return _Points(shift_B1D, peak, mass_BM1, sums / total)
 
     def outputs(self, rows: slice, points: _Points) -> tuple[Tensor, Tensor]:
         """Queries attend to features: outputs (B, L, D) and their log2 of the sum of exponentials (B, L, 1)."""
@@ -380,10 +438,10 @@ class _TwoSoftmaxes(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale_H: Tensor, projection_HMD: Tensor,
-        sequences: Sequences, settings: FavorSettings,
+        offset_HM: Tensor, sequences: Sequences, settings: FavorSettings,
     ) -> Tensor:  # fmt: skip
         with torch.autocast(q_THD.device.type, enabled=False):
-            kernel = _Kernel(settings, q_THD, k_THD, v_THD, scale_H, projection_HMD, sequences)
+            kernel = _Kernel(settings, q_THD, k_THD, v_THD, scale_H, projection_HMD, offset_HM, sequences)
             out_THD = torch.empty(v_THD.shape, dtype=v_THD.dtype, device=v_THD.device)
             lse_TH1 = torch.empty(*q_THD.shape[:2], 1, dtype=kernel.work, device=q_THD.device)
             kept: list[Tensor] = []
@@ -395,20 +453,20 @@ class _TwoSoftmaxes(torch.autograd.Function):
                     tile.write(lse_TH1, rows, lse_BL1)
                 if _worth_keeping(tile, kernel):
                     kept.extend(points)
-        ctx.save_for_backward(q_THD, k_THD, v_THD, scale_H, projection_HMD, out_THD, lse_TH1, *kept)
+        ctx.save_for_backward(q_THD, k_THD, v_THD, scale_H, projection_HMD, offset_HM, out_THD, lse_TH1, *kept)
         ctx.sequences, ctx.settings = sequences, settings
         return out_THD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
-        q_THD, k_THD, v_THD, scale_H, projection_HMD, out_THD, lse_TH1, *kept = ctx.saved_tensors
+        q_THD, k_THD, v_THD, scale_H, projection_HMD, offset_HM, out_THD, lse_TH1, *kept = ctx.saved_tensors
         grad_q_THD, grad_k_THD, grad_v_THD = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_THD, k_THD, v_THD)
         )
         saved = iter(kept)
         with torch.autocast(q_THD.device.type, enabled=False):
-            kernel = _Kernel(ctx.settings, q_THD, k_THD, v_THD, scale_H, projection_HMD, ctx.sequences)
+            kernel = _Kernel(ctx.settings, q_THD, k_THD, v_THD, scale_H, projection_HMD, offset_HM, ctx.sequences)
             grad_scale_H = torch.zeros_like(kernel.scale_H11).flatten()
             for tile, attention in kernel.tiles():
                 keeps = _worth_keeping(tile, kernel)
@@ -420,7 +478,7 @@ class _TwoSoftmaxes(torch.autograd.Function):
                 grad_scale_H += gradients.along_B.unflatten(0, (tile.documents, -1)).sum(0)
             # the kernel sees q and k only as scale * x, so the scale's gradient is <x, gradient at x> / scale
             grad_scale_H /= kernel.scale_H11.flatten()
-        return grad_q_THD, grad_k_THD, grad_v_THD, grad_scale_H.to(scale_H.dtype), None, None, None
+        return grad_q_THD, grad_k_THD, grad_v_THD, grad_scale_H.to(scale_H.dtype), None, None, None, None
 
 
 def _worth_keeping(tile: Tile, kernel: _Kernel) -> bool:

@@ -12,7 +12,7 @@ from dstrain.model.attention.draws import generator
 from dstrain.model.attention.favor import FavorSettings, draw_projection
 from dstrain.packed import Sequences
 
-PLAIN = {"normalize_qk": False, "center_keys": False}
+PLAIN = {"normalize_qk": False, "center_keys": False, "center_queries": False}
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -27,6 +27,10 @@ def reference(module, q_LHD, k_LHD, v_LHD):
         q, k = (x / (x.square().sum(-1, keepdim=True) + blocked.UNIT_EPS).sqrt() * scale for x in (q_LHD, k_LHD))
     else:
         q, k = (x * x.shape[-1] ** -0.25 for x in (q_LHD, k_LHD))
+    held_back = torch.ones(q.shape[1], len(k), 1, dtype=q.dtype)
+    if settings.center_queries:
+        held_back = torch.einsum("hd,lhd->hl", q.mean(0), k).exp().unsqueeze(-1)
+        q = q - q.mean(0, keepdim=True)
     if settings.center_keys:
         k = k - k.mean(0, keepdim=True)
 
@@ -34,8 +38,9 @@ def reference(module, q_LHD, k_LHD, v_LHD):
         along = torch.einsum("lhd,hmd->hlm", x, module.projection_HMD.double())
         return torch.exp(along - x.square().sum(-1).T[..., None] / 2)
 
-    numerator = phi(q) @ (phi(k).mT @ v_LHD.transpose(0, 1))
-    denominator = phi(q) @ phi(k).sum(1)[..., None]
+    phi_k = phi(k) * held_back * module.offset_HM.double().exp().unsqueeze(1)
+    numerator = phi(q) @ (phi_k.mT @ v_LHD.transpose(0, 1))
+    denominator = phi(q) @ phi_k.sum(1)[..., None]
     return (numerator / denominator).transpose(0, 1)
 
 
@@ -48,12 +53,19 @@ def relative(x, truth):
     return float((x.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("more", [{}, PLAIN, {"feature_norm": "chi", "antithetic": False}, {"normalize_qk": False}])
+VARIANTS = [
+    {}, PLAIN, {"feature_norm": "chi", "antithetic": False}, {"normalize_qk": False}, {"center_keys": False},
+    {"projections": "fitted"}, {"projections": "fitted", "normalize_qk": False, "feature_norm": "chi"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", VARIANTS)
 @pytest.mark.parametrize("features", [5, 40])
 def test_equals_the_textbook_where_the_textbook_does_not_overflow(more, features):
     lengths = [23, 23, 70]
     module = FavorSettings(nb_features=features, **more).build(2, 8, 0, 0)
     q, k, v = normal(3, sum(lengths), 2, 8)
+    module.adapt(q, k, Sequences.of(lengths))
     out = module(q, k, v, Sequences.of(lengths)).split(lengths)
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     for mine, part in zip(out, parts, strict=True):
@@ -75,7 +87,7 @@ def test_blocks_and_tiles_are_only_a_tiling(monkeypatch):
     class Tiny(favor._Kernel):
         def __init__(self, *inputs):
             super().__init__(*inputs)
-            self.rows_per_tile, self.scores_per_block = 60, 1  # one head of one document, 16 rows at a time
+            self.rows_per_block = 16
 
     monkeypatch.setattr(favor, "_Kernel", Tiny)
     for mine, one in zip(run(), whole, strict=True):
@@ -120,6 +132,64 @@ def test_centred_keys_are_blind_to_a_shared_bias():
     q, k, v = normal(3, 30, 2, 8)
     shifted = module(q, k + normal(1, 2, 8, seed=4), v, Sequences.of([30]))
     torch.testing.assert_close(shifted, module(q, k, v, Sequences.of([30])), rtol=0, atol=1e-12)
+
+
+def biased(scale):
+    """Queries and keys with means of their own, and most of their variance in a quarter of the directions."""
+    q, k, v = normal(3, 256, 4, 32)
+    wide = torch.tensor([2.0] * 8 + [0.3] * 24, dtype=torch.float64)
+    return (q * wide + normal(4, 32, seed=1)) * scale, (k * wide + normal(4, 32, seed=2)) * scale, v
+
+
+def test_centring_and_fitting_each_bring_the_estimate_closer():
+    q, k, v = biased(0.6)
+    truth = exact(q, k, v, 32**-0.5)
+
+    def error(**more):
+        module = FavorSettings(nb_features=128, normalize_qk=False, **more).build(4, 32, 0, 0)
+        module.adapt(q, k, Sequences.of([256]))
+        return relative(module(q, k, v, Sequences.of([256])), truth)
+
+    plain, keys = error(center_keys=False, center_queries=False), error(center_queries=False)
+    both, fitted = error(), error(projections="fitted")
+    assert fitted < 0.95 * both and both < 0.85 * keys and keys < 0.9 * plain, (fitted, both, keys, plain)
+
+
+def test_fitted_projections_estimate_the_kernel_without_bias():
+    x, y = normal(2, 6, seed=2) * 0.5
+    settings = FavorSettings(nb_features=6, feature_norm="chi", antithetic=False, projections="fitted")
+    module = settings.build(20_000, 6, 0, 0)
+    q = (normal(50, 1, 6) * torch.tensor([1.5, 1, 1, 0.8, 0.6, 0.5])).expand(50, 20_000, 6)
+    module.adapt(q, q, Sequences.of([50]))
+    assert abs(float(module.spread_HDD[0].double().det()) - 1) < 1e-5
+    w, c = module.projection_HMD.double(), module.offset_HM.double()
+    estimate = (torch.exp(w @ (x + y) - x @ x / 2 - y @ y / 2 + c)).mean()
+    assert abs(estimate / torch.exp(x @ y) - 1) < 0.06  # three standard errors
+    assert abs(c.exp().mean() - 1) < 0.01, "how often, times how much each counts"
+
+
+def test_fitted_projections_are_saved_and_redrawn_with_what_they_were_fitted_to():
+    q, k, _ = biased(1.0)
+    settings = FavorSettings(nb_features=8, projections="fitted", redraw_interval=10)
+    module = settings.build(4, 32, 0, 0)
+    before = module.projection_HMD.clone()
+    module.adapt(q, k, Sequences.of([200, 56]))
+    assert not torch.equal(module.projection_HMD, before)
+    resumed = settings.build(4, 32, 0, 0)
+    resumed.load_state_dict(module.state_dict())
+    for step in (5, 15):
+        module.set_step(step)
+        resumed.set_step(step)
+        assert torch.equal(resumed.projection_HMD, module.projection_HMD)
+        assert torch.equal(resumed.offset_HM, module.offset_HM) and module.offset_HM.abs().max() > 0
+
+
+def test_isotropic_projections_do_not_adapt():
+    q, k, _ = biased(1.0)
+    module = FavorSettings(nb_features=8).build(4, 32, 0, 0)
+    before = module.projection_HMD.clone()
+    module.adapt(q, k, Sequences.of([256]))
+    assert torch.equal(module.projection_HMD, before) and module.offset_HM.abs().max() == 0
 
 
 def error(features, scale, **more):
