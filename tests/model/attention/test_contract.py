@@ -25,7 +25,7 @@ MORE = {  # small enough that a document of ten tokens already has several chunk
     "sdpa": [{"backend": "reference"}],
     "favor": [
         {"nb_features": 7, "center_queries": False, "projections": "fitted", "redraw_interval": 3},
-        {"nb_features": 6, "normalize_qk": False, "feature_norm": "chi", "center_keys": False, "center_queries": False, "redraw_interval": 2},
+        {"nb_features": 6, "normalize_qk": False, "feature_norm": "chi", "center_keys": False, "redraw_interval": 2},
     ],
     "lsh": [
         {"chunk_size": 4, "num_hashes": 3},

@@ -152,7 +152,7 @@ def test_centring_and_fitting_each_bring_the_estimate_closer():
 
     plain, keys = error(center_keys=False, center_queries=False), error(center_queries=False)
     both, fitted = error(), error(projections="fitted")
-    assert fitted < 0.95 * both and both < 0.85 * keys and keys < 0.9 * plain, (fitted, both, keys, plain)
+    assert fitted < 0.95 * both and both < 0.85 * keys and keys < 0.95 * plain, (fitted, both, keys, plain)
 
 
 def test_fitted_projections_estimate_the_kernel_without_bias():
