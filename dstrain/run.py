@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from dstrain.objective import Objective, Task
 from dstrain.optim import build_optimizer, parameter_groups
 from dstrain.precision import Precision, choose
 from dstrain.readings import Reading, Report
-from dstrain.schema import UserError, dump_yaml
+from dstrain.schema import Settings, UserError, dump_yaml, setting
 from dstrain.settings import ROOT, RunSettings, plain
 
 Say = Callable[[str], None]
@@ -341,10 +342,57 @@ def set_aside(folder: Path) -> None:
             held.close()
 
 
+TEXTS_FILE = "data.json"
+"""A TextRecord of each stage. No artifact: notes may quote the text."""
+
+
+class SplitRecord(Settings):
+    """How much text a split has."""
+
+    documents: int = setting(ge=0)
+    """Documents with at least one token."""
+    tokens: int = setting(ge=0, unit="tokens")
+    """What the model reads of them in one pass, [CLS] and [SEP] of every sequence included."""
+    classes: tuple[int, ...] = ()
+    """Documents of each class; empty without labels."""
+
+
+class TextRecord(Settings):
+    """What remains to be known of a stage's text when only the run folder is at hand."""
+
+    title: str
+    """What the corpus calls itself."""
+    fingerprint: str
+    """Equal for equal texts, labels and vocabulary."""
+    label_names: tuple[str, ...] = ()
+    """Names of the classes in the order of the logits."""
+    notes: tuple[str, ...] = ()
+    """What was left out, mapped, cut or shared between splits."""
+    splits: dict[str, SplitRecord]
+    """Of train, valid and test those that there are."""
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> TextRecord:
+        """Of an open corpus."""
+        splits = {}
+        for name, split in corpus.splits.items():
+            classes: tuple[int, ...] = ()
+            if split.labels is not None:
+                _, firsts = np.unique(split.document, return_index=True)  # a window repeats its document's label
+                classes = tuple(np.bincount(split.labels[firsts], minlength=len(corpus.label_names)).tolist())
+            splits[name] = SplitRecord(documents=split.num_documents, tokens=int(split.lengths.sum()), classes=classes)
+        return cls(
+            title=corpus.title, fingerprint=corpus.fingerprint, label_names=corpus.label_names,
+            notes=tuple(corpus.notes), splits=splits,
+        )  # fmt: skip
+
+
 def leave_evidence(settings: RunSettings, vocabulary: Vocabulary, ready: dict[str, Ready], ranks: Ranks) -> None:
-    """What made the run: code, environment, vocabulary, and the DeepSpeed JSON of every stage."""
+    """What made the run: code, environment, vocabulary, every stage's text, and the DeepSpeed JSON of every stage."""
     for name, stage in ready.items():
         write_whole(settings.folder / f"ds_config.{name}.json", json.dumps(stage.plan, indent=1))
+    texts = {name: plain(TextRecord.of(stage.corpus)) for name, stage in ready.items()}
+    write_whole(settings.folder / TEXTS_FILE, json.dumps(texts, indent=1))
     collect(ROOT, device=device_name(ranks), world_size=ranks.world).write(settings.folder)
     vocabulary.save(settings.folder / "vocabulary")
 

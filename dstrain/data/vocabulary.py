@@ -63,6 +63,13 @@ class Vocabulary:
             raise UserError(
                 f"{source}: the vocabulary has no {', '.join(missing)}; add them, or leave path out to train one"
             )
+        try:
+            tokenizer.model.tokenize("\U0010fffd")  # for private use: no vocabulary has it, and no normalizer drops it here
+        except Exception as error:  # the Rust library raises plain Exception
+            raise UserError(
+                f"{source}: fails at a character it does not know ({error}); make {UNK} its unk_token, in the model's "
+                "own vocabulary"
+            ) from None
         self.pad, self.unk, self.cls, self.sep, self.mask = (ids[token] for token in SPECIAL_TOKENS)
         self.special_ids: tuple[int, ...] = tuple(sorted(ids.values()))
         """Ids that stand for no text; a mask never falls on them and never draws one."""

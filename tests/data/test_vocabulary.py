@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from dstrain.data.vocabulary import _PIECE, SPECIAL_TOKENS, Vocabulary, VocabularySettings, open_vocabulary, train
 from dstrain.schema import UserError
@@ -120,6 +121,26 @@ def test_loads_a_vocab_txt(tmp_path):
 def test_files_that_are_no_vocabulary(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
+        Vocabulary.load(tmp_path)
+
+
+def _tokenizer_file(model, added=()):
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(list(added))
+    return tokenizer.to_str()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        _tokenizer_file(models.WordPiece(dict(zip(SPECIAL_TOKENS, range(5), strict=True)), unk_token="<unk>")),
+        _tokenizer_file(models.WordPiece({"cat": 0}, unk_token="[UNK]"), SPECIAL_TOKENS),  # added beside the model
+        _tokenizer_file(models.Unigram([(token, -1.0) for token in SPECIAL_TOKENS])),
+    ],
+)
+def test_a_tokenizer_that_fails_at_an_unknown_character_is_refused_at_once(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError, match=r"tokenizer\.json: fails at a character it does not know .*; make \[UNK\] its"):
         Vocabulary.load(tmp_path)
 
 
