@@ -17,8 +17,13 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable ".[test]"
+	$(BIN)/pip install --quiet --editable .
 	$(BIN)/python -m dstrain.engine
+	@touch $@
+
+# What only tests need: linters, the peers that benchmarks compare with, triton's interpreter.
+$(VENV)/tested: $(VENV)/ready
+	$(BIN)/pip install --quiet --editable ".[test,peers]"
 	@touch $@
 
 ## make tune    sets up and runs the LSH search on text that is already on this machine
@@ -26,11 +31,11 @@ tune: setup
 	$(BIN)/python -m dstrain.tune search_spaces/lsh.yaml
 
 ## make test    sets up and runs the tests that take seconds (MARKS="slow or slurm" for others)
-test: setup lint
+test: lint
 	$(BIN)/python -m pytest -m "$(MARKS)" $(PYTEST_ARGS)
 
 ## make lint    ruff and mypy
-lint: setup
+lint: $(VENV)/tested
 	$(BIN)/ruff check dstrain tests benchmarks
 	$(BIN)/mypy --no-error-summary
 

@@ -24,6 +24,7 @@ from dstrain.data.cache import Corpus, TokenSplit
 from dstrain.data.corpora import CorpusSettings
 from dstrain.engine import Diverged, Engine, Ranks, peak_memory_gb
 from dstrain.metrics import Tally
+from dstrain.model.attention.report import DOCUMENTS, evenly, report_attention, summed_up
 from dstrain.objective import Objective, ObjectiveSettings, Task
 from dstrain.optim import OptimSettings, lr_factor
 from dstrain.packed import Batch
@@ -72,6 +73,8 @@ class StageSettings(Settings):
     """Distance between progress lines."""
     checkpoint_every: int | None = setting(None, ge=1, unit="optimizer steps")
     """Distance between checkpoints to resume from; by default one after every evaluation."""
+    attention_report_interval: int | None = setting(None, ge=1, unit="optimizer steps")
+    """Distance between measurements of how near favor or lsh comes to exact attention; null: at start and end only."""
 
     @model_validator(mode="after")
     def _fits(self) -> StageSettings:
@@ -100,6 +103,7 @@ class Due(NamedTuple):
     report: bool
     evaluation: bool
     checkpoint: bool
+    attention: bool
     end: bool
 
 
@@ -161,7 +165,9 @@ class Course:
         end = step == self.total_steps
         evaluation = end or step % self.evaluation_distance == 0
         checkpoint = step % (self._stage.checkpoint_every or self.evaluation_distance) == 0
-        return Due(evaluation or checkpoint or step % self._stage.report_every == 0, evaluation, checkpoint, end)
+        attention = end or step % (self._stage.attention_report_interval or self.total_steps) == 0
+        report = evaluation or checkpoint or step % self._stage.report_every == 0
+        return Due(report, evaluation, checkpoint, attention, end)
 
     def plan(self, epoch: int) -> EpochPlan:
         """The micro-batches of one epoch (the last one asked for is kept)."""
@@ -251,6 +257,8 @@ def fit(
     ranks, split, checkpoint = engine.ranks, corpus.splits["train"], site.folder / "checkpoint"
     saved = engine.load(checkpoint) if checkpoint.exists() else {}
     progress = Progress(**saved["progress"]) if saved else Progress()
+    if progress.step == 0:
+        look_at_attention(engine, objective, split, stage, site, progress, course.total_steps, report, adapt=True)
     meter = Meter(site.name, course, objective, engine, stage, progress)
     if saved:
         meter.restore(saved["unreported"])
@@ -269,6 +277,8 @@ def fit(
         with meter.paused():
             if due.evaluation:
                 progress = judge(engine, objective, corpus, stage, site, progress, course.total_steps, report)
+            if due.attention or progress.stopped:
+                look_at_attention(engine, objective, split, stage, site, progress, course.total_steps, report)
             if progress.stopped or due.end:
                 return replace(progress, stopped=progress.stopped or "finished")
             if asked or due.checkpoint:
@@ -330,6 +340,26 @@ def judge(
         best = f"best {progress.best:.4g} at step {progress.best_step}"
         progress = replace(progress, stopped=f"no better {metric} in {stage.patience} evaluations ({best})")
     return progress
+
+
+def look_at_attention(
+    engine: Engine, objective: Objective, split: TokenSplit, stage: StageSettings, site: Site, progress: Progress,
+    total_steps: int, report: Report, adapt: bool = False,
+) -> None:  # fmt: skip
+    """Reports how near each layer's attention comes to exact attention, on the same few documents all through a stage.
+
+    Split "attention", names `layer_0/error` and so on (`dstrain.model.attention.report`); nothing for an exact kind.
+    With `adapt` the kernels may first fit themselves to these documents. Every rank runs the same forward pass, because
+    ZeRO-3 gathers in each, and so that all fit alike.
+    """
+    task: Any = engine.task
+    rows = evenly(len(split.lengths), DOCUMENTS).numpy()
+    rows = rows[: max(1, int(np.searchsorted(split.lengths[rows].cumsum(), stage.tokens_per_batch, side="right")))]
+    batch = objective.batch(split, rows, epoch=-1).to(engine.ranks.device)
+    figures = engine.ranks.agree(summed_up(report_attention(task.encoder, batch, engine, adapt)))
+    if figures:
+        step, tokens, seconds = progress.step, progress.tokens, progress.seconds
+        report(Reading(site.name, "attention", step, total_steps, tokens, seconds, figures))
 
 
 def diverged(name: str, stage: StageSettings, what: str) -> Diverged:

@@ -29,7 +29,7 @@ READINGS_FILE = "readings.jsonl"
 class Reading:
     """Numbers of one moment of one stage, equal on every rank.
 
-    `stage` and `split` ("train", "valid", "test") name the source, `step` counts optimizer steps within the stage,
+    `stage` and `split` ("train", "valid", "test", "attention") name the source, `step` counts optimizer steps within the stage,
     `tokens` real tokens of the stage so far over all ranks, `seconds` its training time so far. There is at most one
     reading per (stage, split, step), and steps only grow.
     """
@@ -200,8 +200,8 @@ class Console:
         tapt      valid  400/1000  loss 2.291  accuracy 0.492
 
     `tok/s` is measured since the last line of the stage; a value called `x_gb` reads `x ... GB`, `x_seconds` a
-    duration, `x_share` a percentage. Plain text unless `stream` is a terminal (NO_COLOR is honoured); `quiet` shows
-    nothing.
+    duration, `x_share` a percentage; a name with a slash is a detail that is not shown. Plain text unless `stream` is a
+    terminal (NO_COLOR is honoured); `quiet` shows nothing.
     """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
@@ -229,7 +229,7 @@ def describe(reading: Reading, before: Reading | None = None) -> str:
     word = "step" if reading.split == "train" else reading.split
     total = str(reading.total_steps)
     parts = [f"{reading.stage:<8}  {word:<5}  {reading.step:>{len(total)}}/{total}"]
-    parts += [spoken(name, value) for name, value in reading.values.items()]
+    parts += [spoken(name, value) for name, value in reading.values.items() if "/" not in name]
     if reading.split == "train":
         speed = "tokens_per_second" not in reading.values and _tokens_per_second(reading, before)
         if speed:

@@ -102,6 +102,9 @@ def test_due_says_when() -> None:
     assert [step for step, what in due.items() if what.checkpoint] == [5, 10]
     assert [step for step, what in due.items() if what.report] == [3, 4, 5, 6, 8, 9, 10], "and before all the others"
     assert [step for step, what in due.items() if what.end] == [10]
+    assert [step for step, what in due.items() if what.attention] == [10]
+    course = course_of(steps=10, attention_report_interval=4)
+    assert [step for step in range(1, 11) if course.due(step).attention] == [4, 8, 10]
 
 
 def test_evaluations_by_epochs_and_checkpoints_with_them() -> None:
@@ -402,6 +405,40 @@ def test_an_absurd_learning_rate_diverges_at_the_next_report(
         train_here(tree, ranks)
     [reading] = read_readings(tmp_path / "tiny")
     assert not math.isfinite(reading.values["loss"]), "the reading stands before the run ends"
+
+
+@pytest.mark.parametrize("attention", [{"kind": "sdpa"}, {"kind": "favor", "nb_features": 8}, {"kind": "lsh"}])
+def test_attention_is_looked_at_on_request_and_training_does_not_notice(
+    attention: dict[str, Any], small_corpus: Path, tmp_path: Path, ranks: Ranks, last_weights: list[dict[str, Tensor]]
+) -> None:
+    told = []
+    for interval in (None, 2):
+        more = {"encoder__attention": attention, "stages__pretrain__attention_report_interval": interval}
+        told.append(train_here(tiny_run(small_corpus, tmp_path / f"{interval}", **more), ranks))
+    looks = [[(r.stage, r.step) for r in each.readings if r.split == "attention"] for each in told]
+    ends = [("finetune", 0), ("finetune", 8)]
+    if attention["kind"] == "sdpa":
+        assert looks == [[], []]
+    else:
+        assert looks == [
+            [("pretrain", 0), ("pretrain", 6), *ends],
+            [("pretrain", 0), ("pretrain", 2), ("pretrain", 4), ("pretrain", 6), *ends],
+        ]
+        [first, *_] = [r for r in told[0].readings if r.split == "attention"]
+        assert first.keyed().keys() >= {"pretrain/attention/error", "pretrain/attention/layer_1/captured_share"}
+        assert all(math.isfinite(value) for value in first.values.values())
+    assert told[0].losses("pretrain") == told[1].losses("pretrain")
+    assert same(last_weights[1], last_weights[3]), "after finetune, bit for bit"
+
+
+def test_projections_are_fitted_to_the_weights_that_a_stage_begins_with(
+    small_corpus: Path, tmp_path: Path, ranks: Ranks, last_weights: list[dict[str, Tensor]]
+) -> None:
+    attention = {"kind": "favor", "nb_features": 8, "projections": "fitted", "temperature": 8.0}
+    train_here(tiny_run(small_corpus, tmp_path, encoder__attention=attention), ranks)
+    pretrain, finetune = (weights["encoder.blocks.1.attention.spread_HDD"] for weights in last_weights)
+    assert not torch.allclose(pretrain, torch.eye(16).expand(2, 16, 16), atol=1e-3)
+    assert not torch.equal(pretrain, finetune)
 
 
 def test_evaluations_are_at_their_cadence_and_the_test_split_is_read_once_at_the_end(

@@ -188,6 +188,8 @@ def test_the_line_of_the_readme() -> None:
     )
     valid = Reading("tapt", "valid", 400, 1000, 11_800_000, 100.0, {"loss": 2.2914, "acc": 0.5})
     assert describe(valid, before) == "tapt      valid   400/1000  loss 2.291  acc 0.500"
+    looked = reading(400, "tapt", "attention", **{"error": 0.25, "layer_0/error": 0.25})
+    assert "error 0.250" in describe(looked, before) and "layer_0" not in describe(looked, before), "details are for MLflow"
 
 
 def test_speed_is_since_the_last_line_of_the_same_stage() -> None:

@@ -2,8 +2,8 @@
 
 Every kind's settings have `kind`, `tied_qk` (the block passes its queries as keys) and
 `build(num_heads, head_dim, layer, seed)`, which gives a module with
-`forward(q_THD, k_THD, v_THD, sequences) -> out_THD`, `set_step(step)`, `kernel` (what runs here, and why) and
-`flops(lengths)`.
+`forward(q_THD, k_THD, v_THD, sequences) -> out_THD`, `set_step(step)`, `adapt(q_THD, k_THD, sequences)` (called with
+real queries and keys at the start of a stage), `kernel` (what runs here, and why) and `flops(lengths)`.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class FavorSettings(Settings):
     """Draw projections as pairs w, -w; each counts as a feature."""
     center_keys: bool = True
     """Subtract a document's mean key. Softmax is blind to it, the estimator is not: a shared bias is pure variance."""
-    center_queries: bool = True
+    center_queries: bool = False
     """Subtract a document's mean query too, and hand what it scores back to the keys exactly."""
     projections: Literal["isotropic", "fitted"] = "isotropic"
     """`fitted`: draw more projections along the directions in which a head's queries and keys vary, and weigh each by
@@ -67,6 +67,13 @@ class FavorSettings(Settings):
     def tied_qk(self) -> bool:
         """Queries and keys have projections of their own."""
         return False
+
+    @property
+    def shift(self) -> Literal["none", "keys", "queries", "both"]:
+        """Whose means are subtracted."""
+        if self.center_keys:
+            return "both" if self.center_queries else "keys"
+        return "queries" if self.center_queries else "none"
 
     def build(self, num_heads: int, head_dim: int, layer: int, seed: int) -> Favor:
         """The kernel with the projections of (seed, layer, redraw 0)."""
@@ -89,6 +96,7 @@ class Favor(nn.Module):
         self.register_buffer("projection_HMD", self._draw(0))
         self.register_buffer("offset_HM", torch.zeros_like(self.projection_HMD[..., 0]))
         self.register_buffer("redraw", torch.zeros((), dtype=torch.int64))
+        self._program = "blocked PyTorch, recomputed in backward"
         self._drawn = 0  # what `redraw` holds, known without asking a GPU
         self.register_load_state_dict_post_hook(_remember_redraw)
         if settings.projections == "fitted":
@@ -98,8 +106,15 @@ class Favor(nn.Module):
 
     def forward(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, sequences: Sequences) -> Tensor:
         """(T, H, D) of v's dtype."""
-        scale_H, projections = self._scale(q_THD), (self.projection_HMD, self.offset_HM)
-        return _TwoSoftmaxes.apply(q_THD, k_THD, v_THD, scale_H, *projections, sequences, self.settings)
+        settings, inputs = self.settings, (q_THD, k_THD, v_THD, self._scale(q_THD), self.projection_HMD, self.offset_HM)
+        if q_THD.is_cuda:
+            from dstrain.model.attention import favor_triton  # triton takes a second to import
+
+            obstacle = favor_triton.supported(q_THD, settings.nb_features)
+            self._program = "Triton" if obstacle is None else f"blocked PyTorch: {obstacle}"
+            if obstacle is None:
+                return favor_triton.favor_attention(*inputs, sequences, settings.normalize_qk, settings.shift)
+        return _TwoSoftmaxes.apply(*inputs, sequences, settings)
 
     def set_step(self, step: int) -> None:
         """New projections when the schedule asks for them; called between optimizer steps, never inside one."""
@@ -123,7 +138,7 @@ class Favor(nn.Module):
     @property
     def kernel(self) -> str:
         """What runs here."""
-        return f"two softmaxes through {self.settings.nb_features} features (blocked PyTorch, recomputed in backward)"
+        return f"two softmaxes through {self.settings.nb_features} features ({self._program})"
 
     def flops(self, lengths: Sequence[int]) -> int:
         """Multiplications and additions of one forward pass over documents of these lengths: four products, of which
@@ -416,10 +431,9 @@ class _Gradients:
             tile.write(grad_v_THD, rows, kernel.product(weight.mT, self.values_BMD))
             scores = kernel.product(self.values_BMD, values_BLD.mT).add_(constant_BM1).mul_(weight)
             bias_B1L = scores.sum(1, keepdim=True).mul_(attention.square_B11)
-            self.shift_B1D += torch.bmm(bias_B1L, keys_BLD)
             grad_BLD = attention.along_weights(scores).addcmul_(bias_B1L.mT, points.shift_B1D - keys_BLD)
+            self.shift_B1D -= grad_BLD.sum(1, keepdim=True)  # the kernel sees keys only as k - s
             self.along_B += kernel.keys.write_gradient(tile, rows, grad_k_THD, grad_BLD, keys_BLD).sum(1)
-        self.shift_B1D -= attention.along_weights(self.mass_BM1)
 
     def of_shift(self, grad_q_THD: Tensor, grad_k_THD: Tensor) -> None:
         """Adds its share of the shift's gradient to every query and key that the shift is a mean of."""

@@ -18,24 +18,25 @@ S slots: the T tokens of one round in sorted order, each document filled up to w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dstrain.model.attention.blocked import LOG2E, product_dtype, unit, unit_backward, work_dtype
+from dstrain.model.attention.blocked import LOG2E, product_dtype, unit, work_dtype
 from dstrain.model.attention.draws import generator
+from dstrain.model.attention.hashing import DIRECTIONS, Order, factors, sort_tokens
 from dstrain.packed import Sequences
 from dstrain.schema import Settings, setting
 
-DIRECTIONS = 128
-"""Buckets that one rotation can tell apart; more buckets are pairs of two independent rotations' buckets."""
-
 HIDDEN = -1e20
 """What a hidden key's score becomes at least: below any real score, and its square still fits fp32."""
+
+ITSELF = HIDDEN / 2
+"""A token's score with itself where it is the key of last resort: any other key outweighs it, no hidden key does."""
 
 
 class LshSettings(Settings):
@@ -88,16 +89,32 @@ class Lsh(nn.Module):
         super().__init__()
         self.settings, self.num_heads, self.head_dim, self.layer, self.seed = settings, num_heads, head_dim, layer, seed
         self._redraw = 0
+        self._program = "PyTorch, recomputed in backward"
         self._rotations: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def forward(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, sequences: Sequences) -> Tensor:
         """(T, H, D) of v's dtype. With shared_qk the keys are not looked at: they are the queries."""
-        with torch.no_grad(), torch.autocast(q_THD.device.type, enabled=False):
-            rotations = self.rotations(q_THD.device)
-            shared = self.settings.shared_qk
-            queries = sort_tokens(q_THD, rotations, sequences, self.settings)
-            keys = queries if shared else sort_tokens(k_THD, rotations, sequences, self.settings)
-        return _LshAttention.apply(q_THD, None if shared else k_THD, v_THD, *queries, *keys, sequences, self.settings)
+        k_or_none = None if self.settings.shared_qk else k_THD
+        if q_THD.is_cuda:
+            from dstrain.model.attention import lsh_triton  # triton takes a second to import
+
+            obstacle = lsh_triton.supported(q_THD, self.settings)
+            self._program = "Triton" if obstacle is None else f"PyTorch: {obstacle}"
+            if obstacle is None:
+                orders = self._orders(lsh_triton.sort_tokens, q_THD, k_THD, sequences)
+                return lsh_triton.lsh_attention(q_THD, k_or_none, v_THD, *orders, sequences, self.settings)
+        queries, keys = self._orders(sort_tokens, q_THD, k_THD, sequences)
+        return _LshAttention.apply(q_THD, k_or_none, v_THD, *queries, *keys, sequences, self.settings)
+
+    @torch.no_grad()
+    def _orders(
+        self, sort: Callable[..., Order], q_THD: Tensor, k_THD: Tensor, sequences: Sequences
+    ) -> tuple[Order, Order]:
+        """Of queries and of keys."""
+        rotations, settings = self.rotations(q_THD.device), self.settings
+        with torch.autocast(q_THD.device.type, enabled=False):
+            queries = sort(q_THD, rotations, sequences, settings)
+            return queries, queries if settings.shared_qk else sort(k_THD, rotations, sequences, settings)
 
     def set_step(self, step: int) -> None:
         """The rotations of this step, for training; called between optimizer steps, so a recomputation hashes alike."""
@@ -114,94 +131,22 @@ class Lsh(nn.Module):
             self._rotations[key] = torch.randn(shape, generator=rng, dtype=torch.float32).to(device)
         return self._rotations[key]
 
+    def adapt(self, q_THD: Tensor, k_THD: Tensor, sequences: Sequences) -> None:
+        """Nothing here is fitted to queries and keys."""
+
     @property
     def kernel(self) -> str:
         """What runs here."""
         s = self.settings
-        return f"blocked LSH, {s.num_hashes} rounds of {s.chunk_size}-token chunks (PyTorch, recomputed in backward)"
+        return f"blocked LSH, {s.num_hashes} rounds of {s.chunk_size}-token chunks ({self._program})"
 
     def flops(self, lengths: Sequence[int]) -> int:
         """Multiplications and additions of one forward pass over documents of these lengths: hashing, two products."""
         s = self.settings
         window = (s.look_back + 1 + s.look_forward) * s.chunk_size
         slots = sum(_slots_of(length, s.chunk_size) for length in lengths)
-        directions = sum(length * sum(_factors(s.buckets_of(length))) // 2 for length in lengths)
+        directions = sum(length * sum(factors(s.buckets_of(length))) // 2 for length in lengths)
         return self.num_heads * s.num_hashes * self.head_dim * (4 * slots * window + 2 * directions)
-
-
-# ---------------------------------------------------------------------------------------- hashing and sorting
-
-
-class Order(NamedTuple):
-    """The tokens of every head and round in the order of (document, bucket, position)."""
-
-    token_HRT: Tensor
-    """int32: which token stands at each place. Only tokens of one document trade places."""
-    bucket_HRT: Tensor
-    """int32: the bucket of the token at each place, numbered through all documents."""
-
-
-def sort_tokens(x_THD: Tensor, rotations: Tensor, sequences: Sequences, settings: LshSettings) -> Order:
-    """One stable sort for all heads and rounds; documents own disjoint bucket numbers and so never mix."""
-    counts = [settings.buckets_of(length) for length in sequences.lengths]
-    total = sum(counts)
-    bucket_HRT = hash_tokens(x_THD, rotations, sequences, counts)
-    heads, rounds, tokens = bucket_HRT.shape
-    assert heads * rounds * total < 2**31, "the sort's keys are int32"
-    segment_HR1 = torch.arange(heads * rounds, dtype=torch.int32, device=x_THD.device).view(heads, rounds, 1)
-    keys, places = torch.sort((bucket_HRT + segment_HR1 * total).flatten(), stable=True)
-    return Order(
-        places.int().view(heads, rounds, tokens) - segment_HR1 * tokens,
-        keys.view(heads, rounds, tokens) - segment_HR1 * total,
-    )
-
-
-def hash_tokens(x_THD: Tensor, rotations: Tensor, sequences: Sequences, counts: Sequence[int]) -> Tensor:
-    """(H, R, T) int32: the nearest direction of each token, plus the number of buckets of all documents before its own.
-
-    A document of b buckets uses the first directions of its rotation, so its hash does not depend on its batch-mates.
-    """
-    tokens, heads, _ = x_THD.shape
-    bucket_HRT = torch.empty(heads, rotations.shape[2], tokens, dtype=torch.int32, device=x_THD.device)
-    x_HTD = x_THD.detach().transpose(0, 1)
-    for count, first, last in _runs_of_equal_count(sequences, counts):
-        coarse, fine = _factors(count)
-        for start in range(first, last, 4096):
-            rows = slice(start, min(start + 4096, last))
-            block_HLD = x_HTD[:, rows].float()
-            bucket = _nearest(block_HLD, rotations[:, :, :, 0, : coarse // 2])
-            if fine > 1:
-                bucket = bucket * fine + _nearest(block_HLD, rotations[:, :, :, 1, : fine // 2])
-            bucket_HRT[:, :, rows] = bucket.permute(0, 2, 1)
-    before_N = torch.tensor([0, *accumulate(counts)][:-1], dtype=torch.int32, device=x_THD.device)
-    return bucket_HRT + before_N[sequences.document_T]
-
-
-def _nearest(x_HLD: Tensor, directions_HDRK: Tensor) -> Tensor:
-    """(H, L, R): the index of the nearest among the K directions and their K opposites; 0 when there are none."""
-    if not directions_HDRK.shape[-1]:
-        return torch.zeros(*x_HLD.shape[:2], directions_HDRK.shape[2], dtype=torch.int64, device=x_HLD.device)
-    near = torch.matmul(x_HLD, directions_HDRK.flatten(2)).unflatten(2, directions_HDRK.shape[2:])
-    most, along = near.max(-1)
-    least, against = near.min(-1)
-    return torch.where(most >= -least, along, against + near.shape[-1])
-
-
-def _factors(buckets: int) -> tuple[int, int]:
-    """buckets = coarse * fine, both powers of two and at most DIRECTIONS; fine is 1 while one rotation is enough."""
-    if buckets <= DIRECTIONS:
-        return buckets, 1
-    bits = buckets.bit_length() - 1
-    return 1 << math.ceil(bits / 2), 1 << bits // 2
-
-
-def _runs_of_equal_count(sequences: Sequences, counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(buckets, first token, end) of each longest run of adjacent documents with the same number of buckets."""
-    start = 0
-    for count, run in groupby(zip(counts, sequences.lengths, strict=True), key=lambda pair: pair[0]):
-        end = start + sum(length for _, length in run)
-        yield count, start, end
-        start = end
 
 
 def _slots_of(length: int, chunk_size: int) -> int:
@@ -211,167 +156,256 @@ def _slots_of(length: int, chunk_size: int) -> int:
 # ------------------------------------------------------------------------------------------------- the kernel
 
 
-class _Rows(NamedTuple):
-    """Queries or keys of one round laid out in slots, all heads at work one after the other."""
-
-    row_S: Tensor
-    """int64: the row of (heads * T, D) that stands in each slot; fillers repeat row 0 and are hidden."""
-    code_S: Tensor
-    """A query sees keys of its own code: (head, bucket) or (head, document); fillers see and are seen by nothing."""
-    slot_G: Tensor
-    """int64: the slot of each row."""
-
-
 class _Kernel:
-    """Layout and blocks of one forward or backward pass over some heads at a time."""
+    """Precision, layout and block size of one forward or backward pass."""
 
     def __init__(self, q_THD: Tensor, sequences: Sequences, settings: LshSettings) -> None:
         self.settings, self.sequences, self.device = settings, sequences, q_THD.device
         self.work, self.low = work_dtype(q_THD), product_dtype(q_THD)
         self.tokens, self.num_heads, self.head_dim = q_THD.shape
-        self.chunk, self.back, self.forward = settings.chunk_size, settings.look_back, settings.look_forward
-        self.window = self.back + 1 + self.forward
-        self.scale = LOG2E if settings.normalize_keys else LOG2E * self.head_dim**-0.5
+        self.chunk, self.before = settings.chunk_size, settings.look_back * settings.chunk_size
+        self.window = (settings.look_back + 1 + settings.look_forward) * self.chunk
         slots = [_slots_of(length, self.chunk) for length in sequences.lengths]
         self.slots = sum(slots)
         first_slot_N = torch.tensor([0, *accumulate(slots)][:-1], device=self.device)
         self.slot_T = first_slot_N[sequences.document_T] + sequences.position_T
-        on_cpu = self.device.type == "cpu"
-        self.heads_together = 1 if on_cpu else self.num_heads  # a CPU wants its caches, a GPU few launches
-        scores = 400_000 if on_cpu else 1 << 26
-        self.chunks_together = max(1, scores // (self.chunk * self.chunk * self.window))
+        self._scratch: dict[str, Tensor] = {}
+        self.masked = [masked for length in sequences.lengths for masked in self._masked(length)]
+        scores = 400_000 if self.device.type == "cpu" else 1 << 26  # a CPU wants its caches, a GPU few launches
+        self.chunks_together = max(1, scores // (self.chunk * self.window))
+        self.heads_together = max(1, min(self.num_heads, self.chunks_together // len(self.masked)))
 
-    def heads(self) -> Iterator[slice]:
-        """Slices of heads that are worked on together."""
+    def _masked(self, length: int) -> Iterator[bool]:
+        """For each chunk of a document: whether its window holds what it must not see (but for a token itself)."""
+        s = self.settings
+        for chunk in range(math.ceil(length / self.chunk)):
+            yield s.mask_within_chunks or chunk < s.look_back or chunk + s.look_forward >= length // self.chunk
+
+    def groups(self, queries: Order, keys: Order) -> Iterator[_Group]:
+        """All heads, some at a time."""
         for first in range(0, self.num_heads, self.heads_together):
-            yield slice(first, min(first + self.heads_together, self.num_heads))
+            yield _Group(self, queries, keys, slice(first, min(first + self.heads_together, self.num_heads)))
 
-    def read(self, x_THD: Tensor, heads: slice) -> Tensor:
-        """(G, D): these heads one after the other, in the working dtype."""
-        view = x_THD[:, heads].transpose(0, 1)
-        return torch.empty(view.shape, dtype=self.work, device=self.device).copy_(view).flatten(0, 1)
+    def scaled(self, key_SD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys such that q.k is the score, and what each was multiplied by."""
+        if self.settings.normalize_keys:
+            return unit(key_SD)
+        scale = key_SD.new_tensor(self.head_dim**-0.5)
+        return key_SD * scale, scale
 
-    def write(self, x_THD: Tensor, heads: slice, values_GD: Tensor) -> None:
-        """The reverse of `read`."""
-        x_THD[:, heads].transpose(0, 1).copy_(values_GD.unflatten(0, (-1, self.tokens)))
+    def scaled_backward(self, grad_SD: Tensor, scaled_SD: Tensor, scale: Tensor) -> Tensor:
+        """The gradient at the keys from that at the scaled keys, in place."""
+        if self.settings.normalize_keys:  # what lies along a key is lost
+            grad_SD.addcmul_(scaled_SD, (scaled_SD * grad_SD).sum(-1, keepdim=True), value=-1)
+        return grad_SD.mul_(scale)
 
-    def scaled_keys(self, keys_GD: Tensor) -> Tensor:
-        """Keys such that q.k is the score in base 2."""
-        return (unit(keys_GD)[0] if self.settings.normalize_keys else keys_GD) * self.scale
+    def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Memory that blocks use one after the other: on a CPU fresh pages may cost more than what is done in them."""
+        size = math.prod(shape)
+        if name not in self._scratch or len(self._scratch[name]) < size:
+            self._scratch[name] = torch.empty(size, dtype=dtype or self.work, device=self.device)
+        return self._scratch[name][:size].view(*shape)
 
-    def scaled_keys_backward(self, grad_GD: Tensor, keys_GD: Tensor) -> Tensor:
-        """The gradient at the keys from LOG2E times that at the scaled keys (scores enter exp2, softmax knows exp)."""
-        grad_GD = grad_GD * (self.scale / LOG2E)
-        return unit_backward(grad_GD, *unit(keys_GD)) if self.settings.normalize_keys else grad_GD
-
-    def rows(self, order: Order, heads: slice, round_: int, filler: int) -> _Rows:
-        """One round of these heads in slots."""
-        token_HT = order.token_HRT[heads, round_].long()
-        count = token_HT.shape[0]
-        head_H1 = torch.arange(count, device=self.device).unsqueeze(1)
-        slot_HT = self.slot_T + head_H1 * self.slots
-        row_S = torch.zeros(count * self.slots, dtype=torch.int64, device=self.device)
-        row_S[slot_HT] = token_HT + head_H1 * self.tokens
-        if self.settings.mask_within_chunks:
-            code_HT = order.bucket_HRT[heads, round_] * count + head_H1
-        else:
-            code_HT = self.sequences.document_T * count + head_H1
-        code_S = torch.full((count * self.slots,), filler, dtype=torch.float32, device=self.device)
-        code_S[slot_HT] = code_HT.float()  # exact: fewer than 2^24 codes
-        slot_G = torch.empty(count * self.tokens, dtype=torch.int64, device=self.device)
-        slot_G[row_S[slot_HT]] = slot_HT
-        return _Rows(row_S, code_S.to(self.work), slot_G)
-
-    def pad(self, x_SX: Tensor, value: float = 0.0) -> Tensor:
-        """`look_back` chunks before and `look_forward` chunks after, so that every chunk has a whole window."""
-        before = x_SX.new_full((self.back * self.chunk, *x_SX.shape[1:]), value)
-        after = x_SX.new_full((self.forward * self.chunk, *x_SX.shape[1:]), value)
-        return torch.cat([before, x_SX, after])
-
-    def windows(self, padded: Tensor, chunks: slice) -> Tensor:
-        """(chunks, W * C, ...): overlapping views of each chunk's window, nothing is copied."""
-        span = padded[chunks.start * self.chunk : (chunks.stop + self.window - 1) * self.chunk]
-        return span.unfold(0, self.window * self.chunk, self.chunk).movedim(-1, 1)
-
-    def blocks(self, slots: int) -> Iterator[tuple[slice, slice]]:
-        """(chunks, their slots), as many as fit a block."""
-        chunks = slots // self.chunk
-        for first in range(0, chunks, self.chunks_together):
-            last = min(first + self.chunks_together, chunks)
-            yield slice(first, last), slice(first * self.chunk, last * self.chunk)
-
-    def by_chunk(self, x_SX: Tensor) -> Tensor:
-        """(chunks, C, ...)."""
-        return x_SX.unflatten(0, (-1, self.chunk))
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
+    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, multiplied in the product dtype, kept in the working dtype."""
-        return torch.bmm(a.to(self.low), b.to(self.low)).to(self.work)
+        out = self.scratch(name, (*a.shape[:2], b.shape[2]), self.low)
+        return torch.bmm(a.to(self.low), b.to(self.low), out=out).to(self.work)
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        """total += a @ b."""
+        if self.low == self.work:
+            total.baddbmm_(a, b)
+        else:
+            total += torch.bmm(a.to(self.low), b.to(self.low))
+
+    def dots(self, a_THD: Tensor, b_THD: Tensor) -> Tensor:
+        """(T, H, 1): each row of a times its row of b; on a CPU some tokens at a time, to keep the products small."""
+        rows = 512 if self.device.type == "cpu" else self.tokens
+        parts = zip(a_THD.split(rows), b_THD.split(rows), strict=True)
+        return torch.cat([(a.to(self.work) * b.to(self.work)).sum(-1, keepdim=True) for a, b in parts])
+
+
+class _Flat(NamedTuple):
+    """Some heads of a (T, H, D) tensor as one list of rows to gather from and to add to."""
+
+    rows: Tensor
+    """Token t of head h is row t * step + h: a view wherever strides allow it."""
+    step: int
+
+    @classmethod
+    def of(cls, x_THD: Tensor) -> _Flat:
+        """Rows of all heads of x."""
+        tokens, heads, width = x_THD.shape
+        by_token, by_head, along = x_THD.stride()
+        if along != 1 or by_head < 1 or by_token % by_head:
+            return cls(x_THD.reshape(-1, width), heads)
+        step = by_token // by_head
+        return cls(x_THD.as_strided(((tokens - 1) * step + heads, width), (by_head, 1)), step)
+
+
+class _Group:
+    """Heads that are worked on together, one after the other in slots, and empty slots around for the outer windows."""
+
+    def __init__(self, kernel: _Kernel, queries: Order, keys: Order, heads: slice) -> None:
+        self.kernel, self.orders, self.heads = kernel, (queries, keys), heads
+        self.count = heads.stop - heads.start
+        head_H1 = torch.arange(self.count, device=kernel.device).unsqueeze(1)
+        self.slot_G = (kernel.before + head_H1 * kernel.slots + kernel.slot_T).flatten()
+        self.slots = self.count * kernel.slots + kernel.window - kernel.chunk
+        self.head_G = head_H1.expand(-1, kernel.tokens).flatten()
+        self.head_S = self.lay(self.head_G, 0)
+        documents = len(kernel.sequences.lengths)
+        self.document_S = self.lay((kernel.sequences.document_T + head_H1 * documents).flatten(), -1)
+
+    def lay(self, values_G: Tensor, filler: int) -> Tensor:
+        """What belongs to the places of an order in slots."""
+        return values_G.new_full((self.slots,), filler).index_copy_(0, self.slot_G, values_G)
+
+    def round(self, number: int) -> _Round:
+        """One round of hashing; shared queries and keys share their slots."""
+        keys = self._slots(self.orders[1], number)
+        return _Round(self, keys if self.kernel.settings.shared_qk else self._slots(self.orders[0], number), keys)
+
+    def _slots(self, order: Order, number: int) -> _Slots:
+        token_S = self.lay(order.token_HRT[self.heads, number].flatten().long(), 0)
+        code_S = self.document_S
+        if self.kernel.settings.mask_within_chunks:
+            bucket_HT = order.bucket_HRT[self.heads, number] * self.count
+            code_S = self.lay(bucket_HT.flatten() + self.head_G, -1)
+        return _Slots(token_S, self.head_S, code_S.to(self.kernel.work))
+
+    def seen(self) -> _Seen | None:
+        """Who saw whom in all rounds, where that matters."""
+        settings = self.kernel.settings
+        return _Seen(self, range(settings.num_hashes)) if settings.count_keys == "once" else None
+
+
+class _Slots:
+    """Queries or keys of one round in slots."""
+
+    def __init__(self, token_S: Tensor, head_S: Tensor, code_S: Tensor) -> None:
+        self.token_S, self.head_S = token_S, head_S
+        self.code_S = code_S
+        """A query sees keys of its own (head, document) or (head, bucket); fillers have -1. Exact: fewer than 2^24."""
+        self._rows: dict[int, Tensor] = {}
+
+    def rows(self, step: int) -> Tensor:
+        """The row of each slot in a `_Flat` of this step; fillers have the first row, and weigh nothing."""
+        if step not in self._rows:
+            self._rows[step] = self.token_S * step + self.head_S
+        return self._rows[step]
+
+    def add(self, x: _Flat, slots: slice, values_SD: Tensor) -> None:
+        """Adds (slots, D). A row has one slot in a round and fillers add zeros, so no order of adding matters."""
+        x.rows.index_add_(0, self.rows(x.step)[slots], values_SD)
 
 
 class _Round:
-    """One round of some heads in slots. Rows are gathered block by block: a round's sorted copies never exist whole."""
+    """One round of a group. Rows are gathered block by block: sorted copies never exist whole."""
 
-    def __init__(self, kernel: _Kernel, query_order: Order, key_order: Order, heads: slice, round_: int) -> None:
-        self.kernel = kernel
-        self.queries = kernel.rows(query_order, heads, round_, filler=-2)
-        self.keys = kernel.rows(key_order, heads, round_, filler=-1)
-        self.padded_rows = kernel.pad(self.keys.row_S)
-        self.padded_codes = kernel.pad(self.keys.code_S, value=-1.0)
+    def __init__(self, group: _Group, queries: _Slots, keys: _Slots) -> None:
+        self.group, self.kernel, self.queries, self.keys = group, group.kernel, queries, keys
 
-    @property
-    def slots(self) -> int:
-        """S times the heads at work."""
-        return len(self.queries.row_S)
+    def blocks(self) -> Iterator[_Block]:
+        """As many chunks at a time as fit the caches."""
+        masked = self.kernel.masked * self.group.count
+        for first in range(0, len(masked), self.kernel.chunks_together):
+            yield _Block(self, first, masked[first : first + self.kernel.chunks_together])
 
-    def of_queries(self, x_GX: Tensor, slots: slice) -> Tensor:
-        """(chunks, C, ...): what belongs to the queries of these slots."""
-        return self.kernel.by_chunk(x_GX.index_select(0, self.queries.row_S[slots]))
+    def slot_of_rows(self, slots: _Slots) -> Tensor:
+        """(G): where token t of head h stands, at t * count + h."""
+        slot_G = self.group.slot_G
+        return torch.empty_like(slot_G).index_copy_(0, slots.rows(self.group.count)[slot_G], slot_G)
 
-    def of_windows(self, x_GX: Tensor, chunks: slice) -> Tensor:
-        """(chunks, W * C, ...): what belongs to the keys that these chunks see, gathered once and viewed in windows."""
-        kernel = self.kernel
-        span = self.padded_rows[chunks.start * kernel.chunk : (chunks.stop + kernel.window - 1) * kernel.chunk]
-        return kernel.windows(x_GX.index_select(0, span), slice(0, chunks.stop - chunks.start))
 
-    def scores(self, q: Tensor, keys: Tensor, chunks: slice, slots: slice, seen: _Seen | None) -> Tensor:
-        """(chunks, C, W * C) in base 2, with what a query must not see far below everything else."""
-        kernel = self.kernel
-        scores = torch.bmm(q, keys.mT)
-        codes = kernel.by_chunk(self.queries.code_S[slots])
-        # arithmetic instead of a boolean mask: on a CPU a fifth of the time, and exact, since equal codes add 0
-        differ = codes.unsqueeze(2) - kernel.windows(self.padded_codes, chunks).unsqueeze(1)
-        scores.addcmul_(differ, differ, value=HIDDEN)
-        if kernel.settings.shared_qk:
-            scores.diagonal(kernel.back * kernel.chunk, 1, 2).fill_(HIDDEN)
+class _Block:
+    """Some chunks of a round, their queries and the keys in their windows."""
+
+    def __init__(self, one: _Round, first: int, masked: list[bool]) -> None:
+        self.one, self.kernel = one, one.kernel
+        start, stop = first * self.kernel.chunk, (first + len(masked)) * self.kernel.chunk
+        self.span = slice(start, stop + self.kernel.window - self.kernel.chunk)
+        """The slots of all windows."""
+        self.mine = slice(self.kernel.before, self.kernel.before + stop - start)
+        """The slots of queries, counted within the span."""
+        self.slots = slice(start + self.mine.start, start + self.mine.stop)
+        """The slots of queries."""
+        which = [chunk for chunk, mask in enumerate(masked) if mask]
+        self.masked = slice(which[0], which[-1] + 1) if which else None
+        """The chunks that need a mask, and those between them."""
+
+    def keys(self, name: str, x: _Flat) -> Tensor:
+        """(span, D) of the keys, in the working dtype."""
+        return self._read(name, x, self.one.keys.rows(x.step)[self.span])
+
+    def queries(self, name: str, x: _Flat) -> Tensor:
+        """(slots, D) of the queries, in the working dtype."""
+        return self._read(name, x, self.one.queries.rows(x.step)[self.slots])
+
+    def _read(self, name: str, x: _Flat, rows: Tensor) -> Tensor:
+        out = self.kernel.scratch(name, (len(rows), x.rows.shape[1]), x.rows.dtype)
+        return torch.index_select(x.rows, 0, rows, out=out).to(self.kernel.work)
+
+    def by_chunk(self, x_SX: Tensor) -> Tensor:
+        """(chunks, C, ...)."""
+        return x_SX.unflatten(0, (-1, self.kernel.chunk))
+
+    def windows(self, span_SX: Tensor) -> Tensor:
+        """(chunks, W * C, ...): overlapping views of each chunk's window, nothing is copied."""
+        return span_SX.unfold(0, self.kernel.window, self.kernel.chunk).movedim(-1, 1)
+
+    def scores(self, query: Tensor, scaled_SD: Tensor, plus: Tensor | None, seen: _Seen | None) -> Tensor:
+        """(chunks, C, W * C) in base 2, and `plus`, with what a query must not see far below everything else."""
+        scores = self.kernel.scratch("scores", (*query.shape[:2], self.kernel.window))
+        keys = self.windows(scaled_SD).mT
+        if plus is None:
+            torch.baddbmm(scores, query, keys, beta=0, alpha=LOG2E, out=scores)
+        else:
+            torch.baddbmm(plus, query, keys, alpha=LOG2E, out=scores)
+        if self.masked is not None:
+            code_S = self.one.queries.code_S[self.slots]
+            query_codes = self.by_chunk(torch.where(code_S < 0, -2, code_S))[self.masked].unsqueeze(2)
+            key_codes = self.windows(self.one.keys.code_S[self.span])[self.masked].unsqueeze(1)
+            # arithmetic instead of a boolean mask: on a CPU a fifth of the time, and exact, since equal codes add 0
+            differ = self.kernel.scratch("differ", scores[self.masked].shape)
+            torch.sub(query_codes, key_codes, out=differ)
+            scores[self.masked].addcmul_(differ, differ, value=HIDDEN)
+        if self.kernel.settings.shared_qk:
+            scores.diagonal(self.kernel.before, 1, 2).fill_(HIDDEN)
         if seen is not None:
-            scores -= seen.rounds(self, chunks, slots).log2()
+            scores -= seen.rounds(self).log2()
         return scores
+
+    def fold(self, name: str, weight: Tensor, x: Tensor) -> Tensor:
+        """(span, D): weight^T x, (chunks, W * C, D), added up where windows overlap."""
+        total_SD = self.kernel.scratch(name, (self.span.stop - self.span.start, x.shape[-1])).zero_()
+        chunks = self.by_chunk(total_SD)
+        for place, part in enumerate(weight.split(self.kernel.chunk, -1)):
+            self.kernel.add_product(chunks[place : place + len(x)], part.mT, x)
+        return total_SD
 
 
 class _Seen:
     """For `count_keys: once`: in how many rounds a query sees a key, from both's chunks (and buckets) in all."""
 
-    def __init__(self, kernel: _Kernel, query_order: Order, key_order: Order, heads: slice) -> None:
-        self.kernel = kernel
-        rounds = range(kernel.settings.num_hashes)
-        self.queries = [self._place(kernel.rows(query_order, heads, r, -2)) for r in rounds]
-        self.keys = [self._place(kernel.rows(key_order, heads, r, -1)) for r in rounds]
+    def __init__(self, group: _Group, rounds: Iterable[int]) -> None:
+        self.places = [(self._place(one, one.queries), self._place(one, one.keys)) for one in map(group.round, rounds)]
 
-    def _place(self, rows: _Rows) -> tuple[Tensor, Tensor]:
+    def _place(self, one: _Round, slots: _Slots) -> tuple[Tensor, Tensor]:
         """(chunk, code) of each row."""
-        return rows.slot_G // self.kernel.chunk, rows.code_S[rows.slot_G]
+        slot_G = one.slot_of_rows(slots)
+        return slot_G // one.kernel.chunk, slots.code_S[slot_G]
 
-    def rounds(self, this: _Round, chunks: slice, slots: slice) -> Tensor:
+    def rounds(self, block: _Block) -> Tensor:
         """(chunks, C, W * C): at least 1, and right wherever this round shows the key."""
-        kernel = self.kernel
-        query_rows = kernel.by_chunk(this.queries.row_S[slots]).unsqueeze(2)
-        key_rows = kernel.windows(kernel.pad(this.keys.row_S), chunks).unsqueeze(1)
+        one, settings, step = block.one, block.kernel.settings, block.one.group.count
+        query_rows = block.by_chunk(one.queries.rows(step)[block.slots]).unsqueeze(2)
+        key_rows = block.windows(one.keys.rows(step)[block.span]).unsqueeze(1)
         shape = torch.broadcast_shapes(query_rows.shape, key_rows.shape)
-        count = torch.zeros(shape, dtype=kernel.work, device=kernel.device)
-        for (query_chunk, query_code), (key_chunk, key_code) in zip(self.queries, self.keys, strict=True):
+        count = torch.zeros(shape, dtype=block.kernel.work, device=key_rows.device)
+        for (query_chunk, query_code), (key_chunk, key_code) in self.places:
             apart = key_chunk[key_rows] - query_chunk[query_rows]
-            within = (apart >= -kernel.back) & (apart <= kernel.forward)
+            within = (apart >= -settings.look_back) & (apart <= settings.look_forward)
             count += within & (key_code[key_rows] == query_code[query_rows])
         return count.clamp_min_(1)
 
@@ -384,26 +418,26 @@ class _LshAttention(torch.autograd.Function):
         ctx: Any, q_THD: Tensor, k_THD: Tensor | None, v_THD: Tensor, query_tokens: Tensor, query_buckets: Tensor,
         key_tokens: Tensor, key_buckets: Tensor, sequences: Sequences, settings: LshSettings,
     ) -> Tensor:  # fmt: skip
+        if not settings.mask_within_chunks:  # buckets have done their work in the sort: not read, not kept
+            query_buckets, key_buckets = query_tokens, key_tokens
         orders = Order(query_tokens, query_buckets), Order(key_tokens, key_buckets)
+        out_THD = torch.empty(v_THD.shape, dtype=v_THD.dtype, device=v_THD.device)
         with torch.autocast(q_THD.device.type, enabled=False):
             kernel = _Kernel(q_THD, sequences, settings)
-            out_THD = torch.empty(v_THD.shape, dtype=v_THD.dtype, device=v_THD.device)
             lse_TH1 = torch.empty(*q_THD.shape[:2], 1, dtype=kernel.work, device=q_THD.device)
-            for heads in kernel.heads():
-                q_GD, v_GD = kernel.read(q_THD, heads), kernel.read(v_THD, heads)
-                values_GD = v_GD.to(kernel.low)
-                keys_GD = kernel.scaled_keys(q_GD if k_THD is None else kernel.read(k_THD, heads))
-                seen = _Seen(kernel, *orders, heads) if settings.count_keys == "once" else None
-                out_GD, lse_G1 = torch.zeros_like(v_GD), torch.full_like(v_GD[:, :1], HIDDEN)
-                for round_ in range(settings.num_hashes):
-                    one = _Round(kernel, *orders, heads, round_)
-                    round_out, round_lse = _attend(one, q_GD, keys_GD, values_GD, seen)
-                    merged = torch.logaddexp2(lse_G1, round_lse)
-                    out_GD.mul_((lse_G1 - merged).exp2_()).add_(round_out.mul_((round_lse - merged).exp2_()))
-                    lse_G1 = merged
-                alone = lse_G1 < HIDDEN / 2  # no round showed it anything: it sees itself
-                kernel.write(out_THD, heads, torch.where(alone, v_GD, out_GD))
-                kernel.write(lse_TH1, heads, lse_G1.masked_fill_(alone, -HIDDEN))
+            for group in kernel.groups(*orders):
+                q, k, v = (_Flat.of(x[:, group.heads]) for x in (q_THD, q_THD if k_THD is None else k_THD, v_THD))
+                # before any round a token has seen itself, with a weight that vanishes beside any other key's
+                out = v_THD[:, group.heads].to(kernel.work, copy=True, memory_format=torch.contiguous_format)
+                lse = out.new_full((*out.shape[:2], 1), ITSELF)
+                seen = group.seen()
+                for number in range(settings.num_hashes):
+                    round_out, round_lse = _attend(group.round(number), q, k, v, seen)
+                    merged = torch.logaddexp2(lse, round_lse.view_as(lse))
+                    out.lerp_(round_out.view_as(out), (round_lse.view_as(lse) - merged).exp2_())
+                    lse = merged
+                out_THD[:, group.heads] = out
+                lse_TH1[:, group.heads] = lse
         ctx.save_for_backward(q_THD, k_THD, v_THD, out_THD, lse_TH1, *orders[0], *orders[1])
         ctx.sequences, ctx.settings = sequences, settings
         return out_THD
@@ -412,91 +446,76 @@ class _LshAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_THD, v_THD, out_THD, lse_TH1, *order = ctx.saved_tensors
-        orders = Order(*order[:2]), Order(*order[2:])
-        grad_q_THD, grad_v_THD = torch.empty_like(q_THD), torch.empty_like(v_THD)
-        grad_k_THD = None if k_THD is None else torch.empty_like(k_THD)
+        keys_THD = q_THD if k_THD is None else k_THD
+        grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q_THD, k_THD, v_THD) if x is not None]
         with torch.autocast(q_THD.device.type, enabled=False):
             kernel = _Kernel(q_THD, ctx.sequences, ctx.settings)
-            for heads in kernel.heads():
-                q_GD, grad_GD, lse_G1 = (kernel.read(x, heads) for x in (q_THD, grad_THD, lse_TH1))
-                k_GD = q_GD if k_THD is None else kernel.read(k_THD, heads)
-                values_GD = kernel.read(v_THD, heads).to(kernel.low)
-                along_G1 = (grad_GD * kernel.read(out_THD, heads)).sum(-1, keepdim=True)
-                known = _Known(q_GD, kernel.scaled_keys(k_GD), values_GD, grad_GD, along_G1, lse_G1)
-                seen = _Seen(kernel, *orders, heads) if ctx.settings.count_keys == "once" else None
-                grad_q_GD, grad_keys_GD = torch.zeros_like(q_GD), torch.zeros_like(q_GD)
-                grad_v_GD = grad_GD * (lse_G1 == -HIDDEN)
-                for round_ in range(ctx.settings.num_hashes):
-                    one = _Round(kernel, *orders, heads, round_)
-                    _attend_backward(one, known, seen, (grad_q_GD, grad_keys_GD, grad_v_GD))
-                grad_q_GD /= LOG2E  # the scores' base 2 lies in the scaled keys that these were multiplied by
-                grad_k_GD = kernel.scaled_keys_backward(grad_keys_GD, k_GD)
-                if grad_k_THD is None:
-                    grad_q_GD += grad_k_GD
-                else:
-                    kernel.write(grad_k_THD, heads, grad_k_GD)
-                kernel.write(grad_q_THD, heads, grad_q_GD)
-                kernel.write(grad_v_THD, heads, grad_v_GD)
-        return grad_q_THD, grad_k_THD, grad_v_THD, None, None, None, None, None, None
+            against_TH2 = torch.cat([-lse_TH1, kernel.dots(grad_THD, out_THD)], -1)
+            for group in kernel.groups(Order(*order[:2]), Order(*order[2:])):
+                every = (q_THD, keys_THD, v_THD, grad_THD, against_TH2)
+                known = _Known(*(_Flat.of(x[:, group.heads]) for x in every))
+                mine = [grad[:, group.heads] for grad in grads]
+                # gradients add up where they are returned, unless that is too coarse for sums
+                sums = [x if x.dtype == kernel.work else torch.zeros_like(x, dtype=kernel.work) for x in mine]
+                torch.mul(grad_THD[:, group.heads], lse_TH1[:, group.heads] == ITSELF, out=sums[-1])
+                seen, flat = group.seen(), [_Flat.of(x) for x in sums]
+                for number in range(ctx.settings.num_hashes):
+                    _attend_backward(group.round(number), known, flat, seen)
+                for x, total in zip(mine, sums, strict=True):
+                    x.copy_(total)  # nothing to do where they are one
+        return grads[0], None if k_THD is None else grads[1], grads[-1], None, None, None, None, None, None
 
 
-def _attend(
-    one: _Round, q_GD: Tensor, keys_GD: Tensor, values_GD: Tensor, seen: _Seen | None
-) -> tuple[Tensor, Tensor]:
+def _attend(one: _Round, q: _Flat, k: _Flat, v: _Flat, seen: _Seen | None) -> tuple[Tensor, Tensor]:
     """One round's output (G, D) and its log2 of the sum of exponentials (G, 1), row by row."""
-    kernel = one.kernel
-    out_SD, lse_S1 = q_GD.new_empty(one.slots, kernel.head_dim), q_GD.new_empty(one.slots, 1)
-    for chunks, slots in kernel.blocks(one.slots):
-        q, keys = one.of_queries(q_GD, slots), one.of_windows(keys_GD, chunks)
-        scores = one.scores(q, keys, chunks, slots, seen)
+    kernel, group = one.kernel, one.group
+    out_SD = q.rows.new_empty(group.slots, kernel.head_dim, dtype=kernel.work)
+    lse_S1 = q.rows.new_empty(group.slots, 1, dtype=kernel.work)
+    for block in one.blocks():
+        key_SD = block.keys("k", k)
+        query = block.by_chunk(key_SD[block.mine] if kernel.settings.shared_qk else block.queries("q", q))
+        scores = block.scores(query, kernel.scaled(key_SD)[0], None, seen)
         peak = scores.amax(-1, keepdim=True)
         weight = scores.sub_(peak).exp2_()
         total = weight.sum(-1, keepdim=True)
-        out = kernel.product(weight, one.of_windows(values_GD, chunks)).div_(total)
-        out_SD[slots] = out.flatten(0, 1)
-        lse_S1[slots] = peak.add_(total.log2_()).flatten(0, 1)
-    return out_SD.index_select(0, one.queries.slot_G), lse_S1.index_select(0, one.queries.slot_G)
+        out = kernel.product("out", weight, block.windows(block.keys("v", v))).div_(total)
+        out_SD[block.slots] = out.flatten(0, 1)
+        lse_S1[block.slots] = peak.add_(total.log2_()).flatten(0, 1)
+    slot_G = one.slot_of_rows(one.queries)
+    return out_SD.index_select(0, slot_G), lse_S1.index_select(0, slot_G)
 
 
 class _Known(NamedTuple):
-    """What the backward pass of some heads knows of every row."""
+    """What the backward pass of a group knows of every row."""
 
-    q_GD: Tensor
-    keys_GD: Tensor
-    values_GD: Tensor
-    grad_GD: Tensor
-    along_G1: Tensor
-    """The gradient's product with the output."""
-    lse_G1: Tensor
+    q: _Flat
+    k: _Flat
+    v: _Flat
+    grad: _Flat
+    against: _Flat
+    """Two numbers: less the log2 of the sum of exponentials, and the gradient's product with the output."""
 
 
-def _attend_backward(one: _Round, known: _Known, seen: _Seen | None, totals: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Adds one round's share to the gradients (G, D) at the queries, the scaled keys and the values.
+def _attend_backward(one: _Round, known: _Known, sums: Sequence[_Flat], seen: _Seen | None) -> None:
+    """Adds one round's share to the gradients at queries, (keys,) and values.
 
     Weights are taken against the log-sum-exp of all rounds, so they are the final softmax weights and shares just add.
-    Gradients go back to their rows by a gather through the inverse order: no atomics, the same bits every time.
     """
-    kernel, width = one.kernel, known.q_GD.shape[1]
-    grad_q_SD = known.q_GD.new_empty(one.slots, width)
-    grad_keys, grad_values = (known.q_GD.new_zeros(len(one.padded_rows), width) for _ in range(2))
-    for chunks, slots in kernel.blocks(one.slots):
-        q, keys = one.of_queries(known.q_GD, slots), one.of_windows(known.keys_GD, chunks)
-        weight = one.scores(q, keys, chunks, slots, seen).sub_(one.of_queries(known.lse_G1, slots)).exp2_()
-        grad_out = one.of_queries(known.grad_GD, slots)
-        _fold(kernel, grad_values, kernel.product(weight.mT, grad_out), chunks)
-        grad_scores = kernel.product(grad_out, one.of_windows(known.values_GD, chunks).mT)
-        grad_scores.sub_(one.of_queries(known.along_G1, slots)).mul_(weight)
-        _fold(kernel, grad_keys, kernel.product(grad_scores.mT, q), chunks)
-        grad_q_SD[slots] = kernel.product(grad_scores, keys).flatten(0, 1)
-    first = kernel.back * kernel.chunk
-    totals[0].add_(grad_q_SD.index_select(0, one.queries.slot_G))
-    totals[1].add_(grad_keys.index_select(0, one.keys.slot_G + first))
-    totals[2].add_(grad_values.index_select(0, one.keys.slot_G + first))
-
-
-def _fold(kernel: _Kernel, padded: Tensor, windows: Tensor, chunks: slice) -> None:
-    """Adds (chunks, W * C, D) where `windows` took it from: window by window, since windows overlap."""
-    by_chunk = kernel.by_chunk(padded)
-    for offset in range(kernel.window):
-        part = windows[:, offset * kernel.chunk : (offset + 1) * kernel.chunk]
-        by_chunk[chunks.start + offset : chunks.stop + offset] += part
+    kernel, shared = one.kernel, one.kernel.settings.shared_qk
+    for block in one.blocks():
+        key_SD, value_SD = block.keys("k", known.k), block.keys("v", known.v)
+        query = block.by_chunk(key_SD[block.mine] if shared else block.queries("q", known.q))
+        grad = block.by_chunk(block.queries("grad", known.grad))
+        against = block.by_chunk(block.queries("against", known.against))
+        less, along = against.split(1, -1)
+        scaled_SD, scale = kernel.scaled(key_SD)
+        weight = block.scores(query, scaled_SD, less, seen).exp2_()
+        one.keys.add(sums[-1], block.span, block.fold("grad values", weight, grad))
+        grad_scores = kernel.product("grad scores", grad, block.windows(value_SD).mT).sub_(along).mul_(weight)
+        grad_keys = kernel.scaled_backward(block.fold("grad keys", grad_scores, query), scaled_SD, scale)
+        grad_queries = kernel.product("grad queries", grad_scores, block.windows(scaled_SD)).flatten(0, 1)
+        if shared:
+            grad_keys[block.mine] += grad_queries
+        else:
+            one.queries.add(sums[0], block.slots, grad_queries)
+        one.keys.add(sums[-2], block.span, grad_keys)

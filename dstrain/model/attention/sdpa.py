@@ -58,6 +58,9 @@ class Sdpa(nn.Module):
     def set_step(self, step: int) -> None:
         """Nothing here depends on the step."""
 
+    def adapt(self, q_THD: Tensor, k_THD: Tensor, sequences: Sequences) -> None:
+        """Nothing here is fitted to queries and keys."""
+
     @property
     def kernel(self) -> str:
         """The kernel of the last forward pass (before the first: of this machine's best device), and why."""

@@ -24,7 +24,7 @@ KINDS = typing.get_args(typing.get_args(AttentionSettings)[0])
 MORE = {  # small enough that a document of ten tokens already has several chunks, blocks and features fewer than tokens
     "sdpa": [{"backend": "reference"}],
     "favor": [
-        {"nb_features": 7, "center_queries": False, "projections": "fitted", "redraw_interval": 3},
+        {"nb_features": 7, "center_queries": True, "projections": "fitted", "redraw_interval": 3},
         {"nb_features": 6, "normalize_qk": False, "feature_norm": "chi", "center_keys": False, "redraw_interval": 2},
     ],
     "lsh": [

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dstrain.model.attention import blocked, lsh
-from dstrain.model.attention.lsh import LshSettings, hash_tokens, sort_tokens
+from dstrain.model.attention.hashing import hash_tokens, sort_tokens
+from dstrain.model.attention.lsh import LshSettings
 from dstrain.packed import Sequences
 
 LENGTHS = [37, 5, 16, 1, 9]
@@ -77,8 +78,51 @@ def test_equals_the_dense_table_of_who_sees_whom(shared, count, more):
     module = LshSettings(chunk_size=4, shared_qk=shared, count_keys=count, **more).build(2, 8, 0, 0)
     q, k, v = normal(3, sum(LENGTHS), 2, 8)
     k = q if shared else k
-    out = module(q, k, v, Sequences.of(LENGTHS))
-    torch.testing.assert_close(out, reference(module, q, k, v, LENGTHS), rtol=0, atol=1e-12)
+    equals_reference(module, q, k, v, LENGTHS)
+
+
+def equals_reference(module, q, k, v, lengths):
+    """The output, and the gradients of a weighted sum of it."""
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    if module.settings.shared_qk:
+        inputs[1] = inputs[0]
+    outs = [module(*inputs, Sequences.of(lengths)), reference(module, *inputs, lengths)]
+    wanted = inputs[int(module.settings.shared_qk) :]
+    grads = [torch.autograd.grad(out, wanted, normal(*v.shape, seed=4)) for out in outs]
+    for mine, true in zip([outs[0], *grads[0]], [outs[1], *grads[1]], strict=True):
+        torch.testing.assert_close(mine, true, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("more", [{}, {"mask_within_chunks": True, "shared_qk": False}])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 61, 127])
+def test_equals_it_at_every_length_around_a_chunk(length, more):
+    module = LshSettings(chunk_size=16, **more).build(2, 8, 0, 0)
+    q, k, v = normal(3, length, 2, 8)
+    equals_reference(module, q, q if module.settings.shared_qk else k, v, [length])
+
+
+def test_equals_it_at_16384_tokens():
+    module = LshSettings().build(1, 8, 0, 0)
+    q, _, v = normal(3, 16_384, 1, 8)
+    out = module(q, q, v, Sequences.of([16_384]))
+    some = torch.randint(16_384, (40,), generator=torch.Generator().manual_seed(0))
+    buckets = hash_tokens(q, module.rotations(q.device), Sequences.of([16_384]), [256])[0]
+    seen = torch.zeros(40, 16_384)
+    for bucket_L in buckets:
+        chunk = chunk_of(bucket_L, 64)
+        seen += (chunk[None] - chunk[some, None]).abs() <= 1
+    seen[torch.arange(40), some] = 0
+    scores = q[some, 0] @ torch.nn.functional.normalize(q[:, 0]).mT + seen.log()
+    torch.testing.assert_close(out[some, 0], scores.softmax(-1) @ v[:, 0], rtol=0, atol=1e-6)
+
+
+def test_copies_of_one_round_are_one_round():
+    q, _, v = normal(3, 61, 2, 8)
+    one, five = (LshSettings(num_hashes=rounds, chunk_size=8).build(2, 8, 0, 0) for rounds in (1, 5))
+    rotations = one.rotations(q.device)
+    five.rotations = lambda device: rotations.expand(-1, -1, 5, -1, -1)
+    outs = [module(q, q, v, Sequences.of([61])) for module in (one, five)]
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-13)
 
 
 def exact(q, v, scale, keys):
@@ -120,6 +164,25 @@ def test_a_token_alone_in_its_bucket_sees_itself_and_nobody_elses_values():
     others = v + 5
     others[17] = v[17]
     assert torch.equal(module(q, q, others, Sequences.of([40]))[17], v[17])
+    q.requires_grad_()
+    v.requires_grad_()
+    module(q, q, v, Sequences.of([40])).backward(normal(40, 1, 8, seed=2))
+    assert torch.equal(v.grad[17], normal(40, 1, 8, seed=2)[17]) and q.grad[17].abs().max() == 0
+
+
+def test_a_token_alone_in_one_round_is_what_the_other_round_makes_of_it():
+    """A round that shows nothing has no weight at all, not even of rounding errors."""
+    q, _, v = normal(3, 40, 1, 8)
+    lonely, other = (LshSettings(num_hashes=1).build(1, 8, 0, seed).rotations(q.device) for seed in (0, 1))
+    settings = LshSettings(chunk_size=4, num_buckets=64, mask_within_chunks=True, num_hashes=2)
+    both, last = settings.build(1, 8, 0, 0), settings.model_copy(update={"num_hashes": 1}).build(1, 8, 0, 0)
+    both.rotations, last.rotations = (lambda device: torch.cat([lonely, other], 2)), (lambda device: other)
+    counts, sequences = [64], Sequences.of([40])
+    bucket = hash_tokens(q, lonely, sequences, counts)[0, 0]
+    alone = (bucket[:, None] == bucket).sum(1) == 1
+    assert 0 < alone.sum() < 40
+    outs = [module(q, q, v, sequences) for module in (both, last)]
+    assert torch.equal(outs[0][alone], outs[1][alone])
 
 
 def test_buckets_ignore_the_length_of_a_vector_and_neighbours_share_them():
@@ -135,11 +198,35 @@ def test_buckets_ignore_the_length_of_a_vector_and_neighbours_share_them():
     assert (near == buckets).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("count", [1, 2, 8, 128, 256, 512])
+def test_a_bucket_is_the_nearest_of_the_directions_and_their_opposites(count):
+    lengths = [20, 1500, 7]
+    rotations, x = LshSettings().build(2, 8, 0, 0).rotations(torch.device("cpu")), normal(1527, 2, 8).float()
+    coarse, fine = (count, 1) if count <= 128 else (16, count // 16) if count == 256 else (32, 16)
+
+    def nearest(which, kinds):
+        along = torch.einsum("thd,hdrk->hrtk", x, rotations[:, :, :, which, : kinds // 2])
+        return torch.cat([along, -along], -1).argmax(-1) if kinds > 1 else torch.zeros(2, 2, 1527, dtype=torch.int64)
+
+    expected = (nearest(0, coarse) * fine + nearest(1, fine))[:, :, 20:1520] + 4
+    buckets = hash_tokens(x, rotations, Sequences.of(lengths), [4, count, 2])
+    assert buckets.dtype == torch.int32
+    assert (buckets[:, :, 20:1520] == expected).float().mean() > 0.999, "all but near ties"
+    assert buckets[:, :, :20].max() < 4 and buckets[:, :, 1520:].min() >= 4 + count
+    alone = hash_tokens(x[20:1520], rotations, Sequences.of([1500]), [count])
+    assert torch.equal(alone + 4, buckets[:, :, 20:1520]), "batch-mates do not matter"
+
+
 def test_sorting_permutes_within_documents_by_bucket_then_position():
-    settings = LshSettings(chunk_size=4)
-    module, sequences = settings.build(2, 8, 0, 0), Sequences.of(LENGTHS)
-    order = sort_tokens(normal(sum(LENGTHS), 2, 8), module.rotations(torch.device("cpu")), sequences, settings)
-    for token_T, bucket_T in zip(order.token_HRT.flatten(0, 1), order.bucket_HRT.flatten(0, 1), strict=True):
+    settings, sequences = LshSettings(chunk_size=4), Sequences.of(LENGTHS)
+    counts = [settings.buckets_of(length) for length in LENGTHS]
+    x, rotations = normal(sum(LENGTHS), 2, 8), settings.build(2, 8, 0, 0).rotations(torch.device("cpu"))
+    order = sort_tokens(x, rotations, sequences, settings)
+    assert order.token_HRT.dtype == order.bucket_HRT.dtype == torch.int32
+    hashed = hash_tokens(x, rotations, sequences, counts).flatten(0, 1)
+    orders = zip(order.token_HRT.flatten(0, 1), order.bucket_HRT.flatten(0, 1), hashed, strict=True)
+    for token_T, bucket_T, hashed_T in orders:
+        assert torch.equal(bucket_T, hashed_T[token_T.long()])
         for start, length in zip(sequences.starts, LENGTHS, strict=False):
             tokens, buckets = token_T[start : start + length], bucket_T[start : start + length]
             assert sorted(tokens.tolist()) == list(range(start, start + length))
@@ -156,14 +243,22 @@ def test_the_number_of_buckets_follows_a_documents_own_length():
         LshSettings(num_buckets=12)
 
 
-def test_blocks_of_chunks_and_heads_at_once_are_only_a_tiling(monkeypatch):
-    settings = LshSettings(chunk_size=4, num_hashes=3, mask_within_chunks=True, count_keys="once", shared_qk=False)
-    module = settings.build(3, 8, 0, 0)
+TILED = [
+    {"mask_within_chunks": True, "count_keys": "once", "shared_qk": False},
+    {"look_forward": 0},
+    {"look_back": 0, "shared_qk": False},
+]
+
+
+@pytest.mark.parametrize("more", TILED)
+def test_blocks_of_chunks_and_heads_at_once_are_only_a_tiling(monkeypatch, more):
+    module = LshSettings(chunk_size=4, num_hashes=3, **more).build(3, 8, 0, 0)
 
     def run():
         q, k, v = normal(3, sum(LENGTHS), 3, 8).requires_grad_().unbind(0)
+        inputs = (q, v) if module.settings.shared_qk else (q, k, v)
         out = module(q, k, v, Sequences.of(LENGTHS))
-        return [out, *torch.autograd.grad((out * normal(*out.shape, seed=9)).sum(), [q, k, v])]
+        return [out, *torch.autograd.grad((out * normal(*out.shape, seed=9)).sum(), inputs)]
 
     whole = run()
     kernel = lsh._Kernel
@@ -177,6 +272,65 @@ def test_blocks_of_chunks_and_heads_at_once_are_only_a_tiling(monkeypatch):
         monkeypatch.setattr(lsh, "_Kernel", Other)
         for mine, one in zip(run(), whole, strict=True):
             torch.testing.assert_close(mine, one, rtol=1e-10, atol=1e-11)
+
+
+def test_only_chunks_whose_windows_hold_what_they_must_not_see_are_masked():
+    q, sequences = normal(13 + 8, 1, 8), Sequences.of([13, 8])
+    masked = lsh._Kernel(q, sequences, LshSettings(chunk_size=2, look_back=2, look_forward=1)).masked
+    assert masked == [*(True, True, False, False, False, True, True), *(True, True, False, True)]
+    assert not any(lsh._Kernel(q[:8], Sequences.of([8]), LshSettings(chunk_size=2, look_back=0, look_forward=0)).masked)
+    assert all(lsh._Kernel(q, sequences, LshSettings(chunk_size=2, mask_within_chunks=True)).masked)
+
+
+def test_blocks_fit_the_caches_and_short_documents_share_them():
+    def together(length, **more):
+        kernel = lsh._Kernel(torch.empty(length, 8, 4), Sequences.of([length]), LshSettings(**more))
+        assert kernel.chunks_together * kernel.chunk * kernel.window <= max(400_000, 3 * kernel.chunk**2)
+        return kernel.heads_together
+
+    assert together(16_384) == together(16_384, chunk_size=1024) == 1
+    assert together(1024) == 2 and together(64) == 8
+
+
+STRIDED = {
+    "heads of zero stride": lambda x: x[:, :1].expand(-1, 2, -1),
+    "every other head": lambda x: x[:, ::2],
+    "head size not last": lambda x: x[:, :2].transpose(1, 2).contiguous().transpose(1, 2),
+    "one of three": lambda x: x.unflatten(0, (-1, 3))[:, 1][:, :2],
+}
+
+
+@pytest.mark.parametrize("strides", STRIDED)
+def test_tensors_of_any_strides_are_read_right(strides):
+    q, k, v = (STRIDED[strides](x) for x in normal(3, 45, 3, 8))
+    module = LshSettings(chunk_size=4, shared_qk=False).build(2, 8, 0, 0)
+    equals = [module(*(change(x) for x in (q, k, v)), Sequences.of([len(q)])) for change in (torch.clone, lambda x: x)]
+    torch.testing.assert_close(*equals, rtol=0, atol=1e-13)
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    grad = STRIDED[strides](normal(45, 3, 8, seed=3))
+    grads = [torch.autograd.grad(module(*inputs, Sequences.of([len(q)])), inputs, g) for g in (grad.contiguous(), grad)]
+    for mine, true in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, true, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("more", [{}, {"shared_qk": False}, {"mask_within_chunks": True}])
+def test_a_round_adds_nothing_to_what_is_kept_but_its_order(more):
+    def kept(rounds):
+        module, storages = LshSettings(num_hashes=rounds, **more).build(2, 8, 0, 0), {}
+        q, k, v = (x.requires_grad_() for x in normal(3, 200, 2, 8).unbind(0))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: storages.update({x.data_ptr(): x}), lambda x: x):
+            module(q, k, v, Sequences.of([200]))
+        return sum(x.nbytes for x in storages.values())
+
+    rounds, heads, int32, orders = 3, 2, 4, 2 if more else 1  # tokens, or tokens and buckets; of queries (and keys)
+    assert kept(5) - kept(2) == rounds * heads * int32 * orders * 200
+
+
+def test_flops_are_hashing_and_two_products_of_every_window():
+    settings = LshSettings(num_hashes=3, chunk_size=4, look_forward=0)
+    slots, window = 12 + 4, 8  # 9 tokens in 3 chunks, 4 tokens in 1
+    directions = 9 * (4 + 1) // 2 + 4 * (1 + 1) // 2  # 4 buckets and 1
+    assert settings.build(2, 8, 0, 0).flops([9, 4]) == 2 * 3 * 8 * (4 * slots * window + 2 * directions)
 
 
 def test_bf16_products_on_hardware_that_has_them_stay_close(monkeypatch):
@@ -212,6 +366,7 @@ def test_rotations_change_with_the_step_in_training_and_stay_in_evaluation():
     assert not torch.equal(train[0][0], train[0][1]), "heads have rotations of their own"
     for other in (LshSettings().build(2, 8, 1, 0), LshSettings().build(2, 8, 0, 1)):
         assert not torch.equal(other.rotations(device), train[0])
+    assert len(module._rotations) == 2, "of all that were drawn only the last are kept, for training and for evaluation"
     never = LshSettings(redraw_interval=None).build(2, 8, 0, 0)
     first = never.rotations(device)
     never.set_step(50)
