@@ -6,6 +6,7 @@ and values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -45,6 +46,8 @@ def initialise(root: nn.Module, seed: int, std: float) -> None:
 class Dropout(nn.Module):
     """Dropout whose mask depends on nothing but (seed, place in the model, optimizer step, micro-batch).
 
+    The rate is rounded to a multiple of 2^-16, and what is kept is scaled for the rate that was used.
+
     Neither the number of ranks nor what ran before has a say, and activation checkpointing, which runs the forward a
     second time, finds the same mask again.
     """
@@ -60,8 +63,20 @@ class Dropout(nn.Module):
             return x
         seed = generator("dropout", self.seed, self.place, self.step, self.micro_batch).initial_seed()
         here = torch.Generator(x.device).manual_seed(seed)
-        dropped = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(self.rate, generator=here)
-        return x.masked_fill(dropped, 0.0).mul_(1.0 / (1.0 - self.rate))
+        chances = min(round(self.rate * _CHANCES), _CHANCES - 1)
+        dropped = _draw(x.shape, here) < chances - _CHANCES // 2
+        return x.masked_fill(dropped, 0.0).mul_(_CHANCES / (_CHANCES - chances))
+
+
+_CHANCES = 1 << 16
+
+
+def _draw(shape: torch.Size, here: torch.Generator) -> Tensor:
+    """int16, each value equally likely: a generator's word makes four of them, and `bernoulli_` would take one each."""
+    count = math.prod(shape)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=here.device)
+    words.random_(torch.iinfo(torch.int64).min, None, generator=here)
+    return words.view(torch.int16)[:count].view(shape)
 
 
 def set_dropout_step(root: nn.Module, step: int, micro_batch: int) -> None:

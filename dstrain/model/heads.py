@@ -6,10 +6,11 @@ P pieces of documents.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dstrain.model.block import Dropout, Linear, initialise, set_dropout_step
@@ -50,9 +51,33 @@ class MlmHead(nn.Module):
         """
         positions_M, targets_M = masked_2M
         masked_ME = self.norm(F.gelu(self.dense(hidden_TE.index_select(0, positions_M))))
-        logits_MV = word_embedding(masked_ME) + self.bias
-        loss_sum = F.cross_entropy(logits_MV.float(), targets_M, reduction="sum")
-        return MlmResult(loss_sum, (logits_MV.argmax(-1) == targets_M).sum())
+        logits_MV = word_embedding(masked_ME).add_(self.bias)
+        return MlmResult(*_SummedCrossEntropy.apply(logits_MV, targets_M))
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """-sum_m log softmax(logits_m)[target_m], and how many targets have the largest logit.
+
+    The (M, V) log-probabilities become the gradient in place, so there is one table of that size where the textbook's
+    chain of log-softmax and gather has three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+        log_MV = torch.log_softmax(logits_MV, -1, dtype=torch.float32)
+        correct = (log_MV.argmax(-1) == targets_M).sum()
+        ctx.save_for_backward(log_MV, targets_M)
+        ctx.mark_non_differentiable(correct)
+        ctx.dtype = logits_MV.dtype
+        return -log_MV.gather(-1, targets_M.unsqueeze(-1)).sum(), correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        log_MV, targets_M = ctx.saved_tensors
+        grad_MV = log_MV.exp_()  # autograd notices if anybody asks for log_MV a second time
+        grad_MV.scatter_add_(-1, targets_M.unsqueeze(-1), grad_MV.new_full((len(targets_M), 1), -1.0))
+        return grad_MV.mul_(grad).to(ctx.dtype), None
 
 
 def pool(hidden_TE: Tensor, sequences: Sequences, pooling: Pooling) -> Tensor:
