@@ -7,7 +7,8 @@ result back; what lies between (features, scores, probabilities) never exists fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,30 @@ def tiles(sequences: Sequences, rows: int) -> Iterator[Tile]:
         together = max(1, rows // length)
         for first in range(0, documents, together):
             yield Tile(start + first * length, min(together, documents - first), length)
+
+
+class _Scratch(threading.local):
+    """A thread's flat tensors, by name and dtype."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_scratch = _Scratch()
+
+
+def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory with anything in it, for what lives until the next call with this name.
+
+    On a CPU it is kept, because fresh pages may cost more than what is done in them; a GPU's allocator keeps its own.
+    """
+    if device.type != "cpu":
+        return torch.empty(*shape, dtype=dtype, device=device)
+    size, key = math.prod(shape), (name, dtype)
+    if key not in _scratch.tensors or len(_scratch.tensors[key]) < size:
+        _scratch.tensors.pop(key, None)
+        _scratch.tensors[key] = torch.empty(size, dtype=dtype)
+    return _scratch.tensors[key][:size].view(*shape)
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

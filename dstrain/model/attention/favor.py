@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dstrain.model.attention.blocked import LOG2E, UNIT_EPS, Tile, product_dtype, tiles, unit, work_dtype
+from dstrain.model.attention.blocked import LOG2E, UNIT_EPS, Tile, product_dtype, scratch, tiles, unit, work_dtype
 from dstrain.model.attention.draws import generator
 from dstrain.packed import Sequences
 from dstrain.schema import Settings, setting
@@ -296,7 +296,7 @@ class _Kernel:
         self.scale_H11 = scale_H.to(self.work)[:, None, None]
         self.weights_HPD = projection_HMD[:, : self.pairs].to(self.work) * self.scale_H11
         self.offset_HM1 = offset_HM.to(self.work).unsqueeze(-1)
-        scores = 1 << 19 if q_THD.device.type == "cpu" else 1 << 26  # a CPU wants its caches, a GPU few launches
+        scores = 1 << 20 if q_THD.device.type == "cpu" else 1 << 26  # a CPU wants its caches, a GPU few launches
         self.rows_per_block = max(32, scores // (self.num_heads * max(self.features, 4 * head_dim)))
 
     def tiles(self) -> Iterator[tuple[Tile, _Attention]]:
@@ -318,6 +318,11 @@ class _Kernel:
         """a @ b, multiplied in the product dtype, kept in the working dtype."""
         return torch.bmm(a.to(self.low), b.to(self.low)).to(self.work)
 
+    def score_gradients(self, a_BMD: Tensor, b_BLD: Tensor) -> Tensor:
+        """(B, M, L): a @ b^T, as `product`."""
+        out = scratch("favor gradients", (*a_BMD.shape[:2], b_BLD.shape[1]), self.low, a_BMD.device)
+        return torch.bmm(a_BMD.to(self.low), b_BLD.mT.to(self.low), out=out).to(self.work)
+
 
 class _Attention:
     """Both attentions of one tile, block by block."""
@@ -331,7 +336,8 @@ class _Attention:
         """(B, M, L) in base 2: bias + w_m.x_i. Of a pair w, -w only the first is multiplied out: the two scores add up
         to the sum of their biases, `bias_of_pair`."""
         kernel = self.kernel
-        scores = x_BLD.new_empty(len(x_BLD), kernel.features, x_BLD.shape[1])
+        shape = (len(x_BLD), kernel.features, x_BLD.shape[1])
+        scores = scratch("favor scores", shape, kernel.work, x_BLD.device)
         first, second = scores[:, : kernel.pairs], scores[:, kernel.pairs :]
         torch.baddbmm(bias, self.weights_BPD, x_BLD.mT, alpha=LOG2E, out=first)
         torch.sub(bias_of_pair, first[:, : second.shape[1]], out=second)
@@ -416,7 +422,7 @@ class _Gradients:
             weight = attention.query_scores(queries_BLD, self.points.mass_BM1).sub_(lse_B1L).exp2_()
             self.values_BMD += kernel.product(weight, grad_BLD)
             along_BL1 = torch.linalg.vecdot(grad_BLD, out_BLD - common_B1D).unsqueeze(-1)
-            scores = kernel.product(values_BMD, grad_BLD.mT).sub_(along_BL1.mT).mul_(weight)
+            scores = kernel.score_gradients(values_BMD, grad_BLD).sub_(along_BL1.mT).mul_(weight)
             self.mass_BM1 += scores.sum(2, keepdim=True)
             grad_BLD = attention.along_weights(scores)
             self.along_B += kernel.queries.write_gradient(tile, rows, grad_q_THD, grad_BLD, queries_BLD).sum(1)
@@ -429,7 +435,7 @@ class _Gradients:
             keys_BLD, values_BLD = kernel.keys.read(tile, rows), tile.read(kernel.v_THD, rows, kernel.work)
             weight = attention.key_scores(keys_BLD, rows, points.shift_B1D).sub_(points.peak_BM1).exp2_()
             tile.write(grad_v_THD, rows, kernel.product(weight.mT, self.values_BMD))
-            scores = kernel.product(self.values_BMD, values_BLD.mT).add_(constant_BM1).mul_(weight)
+            scores = kernel.score_gradients(self.values_BMD, values_BLD).add_(constant_BM1).mul_(weight)
             bias_B1L = scores.sum(1, keepdim=True).mul_(attention.square_B11)
             grad_BLD = attention.along_weights(scores).addcmul_(bias_B1L.mT, points.shift_B1D - keys_BLD)
             self.shift_B1D -= grad_BLD.sum(1, keepdim=True)  # the kernel sees keys only as k - s

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dstrain.model.attention.blocked import LOG2E, product_dtype, unit, work_dtype
+from dstrain.model.attention.blocked import LOG2E, product_dtype, scratch, unit, work_dtype
 from dstrain.model.attention.draws import generator
 from dstrain.model.attention.hashing import DIRECTIONS, Order, factors, sort_tokens
 from dstrain.packed import Sequences
@@ -169,9 +169,8 @@ class _Kernel:
         self.slots = sum(slots)
         first_slot_N = torch.tensor([0, *accumulate(slots)][:-1], device=self.device)
         self.slot_T = first_slot_N[sequences.document_T] + sequences.position_T
-        self._scratch: dict[str, Tensor] = {}
         self.masked = [masked for length in sequences.lengths for masked in self._masked(length)]
-        scores = 400_000 if self.device.type == "cpu" else 1 << 26  # a CPU wants its caches, a GPU few launches
+        scores = 800_000 if self.device.type == "cpu" else 1 << 26  # a CPU wants its caches, a GPU few launches
         self.chunks_together = max(1, scores // (self.chunk * self.window))
         self.heads_together = max(1, min(self.num_heads, self.chunks_together // len(self.masked)))
 
@@ -200,11 +199,8 @@ class _Kernel:
         return grad_SD.mul_(scale)
 
     def scratch(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        """Memory that blocks use one after the other: on a CPU fresh pages may cost more than what is done in them."""
-        size = math.prod(shape)
-        if name not in self._scratch or len(self._scratch[name]) < size:
-            self._scratch[name] = torch.empty(size, dtype=dtype or self.work, device=self.device)
-        return self._scratch[name][:size].view(*shape)
+        """Memory that blocks use one after the other."""
+        return scratch(f"lsh {name}", shape, dtype or self.work, self.device)
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, multiplied in the product dtype, kept in the working dtype."""
