@@ -350,13 +350,16 @@ def look_at_attention(
 
     Split "attention", names `layer_0/error` and so on (`dstrain.model.attention.report`); nothing for an exact kind.
     With `adapt` the kernels may first fit themselves to these documents. Every rank runs the same forward pass, because
-    ZeRO-3 gathers in each, and so that all fit alike.
+    ZeRO-3 gathers in each.
     """
     task: Any = engine.task
     rows = evenly(len(split.lengths), DOCUMENTS).numpy()
     rows = rows[: max(1, int(np.searchsorted(split.lengths[rows].cumsum(), stage.tokens_per_batch, side="right")))]
     batch = objective.batch(split, rows, epoch=-1).to(engine.ranks.device)
     figures = engine.ranks.agree(summed_up(report_attention(task.encoder, batch, engine, adapt)))
+    if adapt:  # what was fitted may differ in its last bits between devices: the first rank's counts
+        for buffer in (buffer for block in task.encoder.blocks for buffer in block.attention.buffers()):
+            engine.ranks.sum(buffer.mul_(engine.ranks.rank == 0))
     if figures:
         step, tokens, seconds = progress.step, progress.tokens, progress.seconds
         report(Reading(site.name, "attention", step, total_steps, tokens, seconds, figures))
