@@ -99,13 +99,16 @@ def main() -> int:
     torch.set_num_threads(1)
     source = given.module.read_text()
     count = len(list(statements(ast.parse(source))))
+    survivors = 0
     with ThreadPoolExecutor(given.jobs) as pool:
-        alive = list(pool.map(lambda number: survives(given.module, number, given.tests), range(count)))
-    for number in (number for number in range(count) if alive[number]):
-        victim = without(source, number)[1]
-        print(f"{given.module}:{victim.lineno}: nobody missed `{ast.unparse(victim).splitlines()[0]}`")
-    print(f"{sum(alive)} of {count} deletions went unnoticed")
-    return int(any(alive))
+        outcomes = pool.map(lambda number: survives(given.module, number, given.tests), range(count))
+        for number, alive in enumerate(outcomes):
+            if alive:
+                survivors += 1
+                victim = without(source, number)[1]
+                print(f"{given.module}:{victim.lineno}: nobody missed `{ast.unparse(victim).splitlines()[0]}`", flush=True)
+    print(f"{survivors} of {count} deletions went unnoticed")
+    return int(bool(survivors))
 
 
 if __name__ == "__main__":

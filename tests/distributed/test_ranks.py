@@ -67,6 +67,7 @@ def curve(folder: Path) -> list[tuple[str, str, int, int, float]]:
     return [
         (reading.stage, reading.split, reading.step, reading.tokens, reading.values["loss"])
         for reading in read_readings(folder)
+        if "loss" in reading.values
     ]
 
 
