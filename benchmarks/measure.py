@@ -11,6 +11,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import platform
 import statistics
 import sys
 import time
@@ -182,7 +183,7 @@ def environment(device: torch.device, threads: int, packages: Sequence[str] = ()
         "cores": evidence.machine["cores"],
         "threads": threads,
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "system": evidence.machine["system"],
+        "system": f"{platform.system()}-{platform.machine()}-{'-'.join(platform.libc_ver())}",
         "python": evidence.machine["python"],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

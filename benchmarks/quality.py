@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -425,6 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(given: argparse.Namespace) -> int:
     if not 1 <= given.seeds <= MOST_SEEDS:
         raise UserError(f"--seeds {given.seeds}: give 1 to {MOST_SEEDS}")
+    if given.plot and (given.plot.suffix != ".png" or not given.plot.resolve().parent.is_dir()):
+        raise UserError(f"--plot {given.plot}: give a .png in a folder that exists")
     corpora = [_selected(read_kinds(corpus, given.out, given.set), given.kinds) for corpus in given.corpus]
     if given.dry_run:
         for run in (run for kinds in corpora for kind in kinds for run in kind.runs(given.seeds)):
@@ -459,9 +460,10 @@ def _selected(kinds: Sequence[Kind], wanted: Iterable[str] | None) -> list[Kind]
     return [kind for kind in kinds if kind.label == BASELINE or kind.label in wanted]
 
 
-def _machine() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "torch": torch.__version__, "threads": os.environ.get("OMP_NUM_THREADS", "default")}
+def _machine() -> dict[str, Any]:
+    from benchmarks.measure import environment
+
+    return environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.get_num_threads())
 
 
 def _say(sentence: str) -> None:

@@ -228,7 +228,8 @@ def make_jobs(given: argparse.Namespace, cell: Cell, vocabulary: Path) -> list[J
     return [
         Job(
             side=side, task=cell.task, kind=kind, length=cell.length, dtype=given.dtype, preset=given.preset,
-            corpus=corpus, vocabulary=vocabulary, deepspeed=ROOT / "ds_configs" / f"zero{given.zero}.json",
+            corpus=corpus, data=os.environ["DSTRAIN_DATA"], vocabulary=vocabulary,
+            deepspeed=ROOT / "ds_configs" / f"zero{given.zero}.json",
             documents_per_step=max(1, given.tokens_per_step // cell.length), steps=MOST_ROUNDS, threads=given.threads,
             grouped=given.grouped,
         )

@@ -57,6 +57,8 @@ class Job:
     dtype: str
     preset: str
     corpus: CorpusSettings
+    data: str
+    """DSTRAIN_DATA: a fork server's children have the environment of when it started."""
     vocabulary: Path
     deepspeed: Path
     documents_per_step: int
@@ -92,6 +94,7 @@ def serve(job: Job, pipe: Connection) -> None:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     torch.set_num_threads(job.threads)
+    os.environ["DSTRAIN_DATA"] = job.data
     try:
         {"dstrain": _serve_dstrain, "hf": _serve_hf}[job.side](job, pipe)
     except Exception:

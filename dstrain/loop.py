@@ -166,7 +166,7 @@ class Course:
         evaluation = end or step % self.evaluation_distance == 0
         checkpoint = step % (self._stage.checkpoint_every or self.evaluation_distance) == 0
         attention = end or step % (self._stage.attention_report_interval or self.total_steps) == 0
-        report = evaluation or checkpoint or step % self._stage.report_every == 0
+        report = evaluation or checkpoint or attention or step % self._stage.report_every == 0
         return Due(report, evaluation, checkpoint, attention, end)
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -358,8 +358,9 @@ def look_at_attention(
     batch = objective.batch(split, rows, epoch=-1).to(engine.ranks.device)
     figures = engine.ranks.agree(summed_up(report_attention(task.encoder, batch, engine, adapt)))
     if adapt:  # what was fitted may differ in its last bits between devices: the first rank's counts
-        for buffer in (buffer for block in task.encoder.blocks for buffer in block.attention.buffers()):
-            engine.ranks.sum(buffer.mul_(engine.ranks.rank == 0))
+        for block in task.encoder.blocks:
+            for buffer in block.attention.buffers():
+                engine.ranks.sum(buffer if engine.ranks.rank == 0 else buffer.zero_())
     if figures:
         step, tokens, seconds = progress.step, progress.tokens, progress.seconds
         report(Reading(site.name, "attention", step, total_steps, tokens, seconds, figures))

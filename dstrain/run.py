@@ -108,6 +108,7 @@ def train(stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ran
     engine = Engine(task, optimizer, ready.plan, ranks)
     try:
         progress = fit(engine, ready.objective, ready.corpus, stage, ready.course, site, watch.report, watch.stop)
+        watch.tag({"attention_kernel": task.encoder.kernel})  # what ran; before, what was expected
     finally:
         engine.close()
     with ranks.first() as mine:
@@ -235,14 +236,13 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 def same_encoder(own: dict[str, Tensor], weights: dict[str, Tensor], stage: str) -> set[str]:
     """The names of an encoder's weights. Raises UserError when the given weights are of another encoder.
 
-    A kernel's own state (`.attention.`, such as FAVOR's projections) is no part of the comparison when the two encoders
-    use different kinds: that is the hybrid study, pretrained with sdpa and tuned with favor.
+    A kernel's own state (`.attention.`, such as FAVOR's projections) may be missing on either side: that is the hybrid
+    study, pretrained with sdpa and tuned with favor. What both have is inherited.
     """
     encoder = {name for name in own if name.startswith("encoder.")}
     given = {name for name in weights if name.startswith("encoder.")}
-    if {name for name in encoder if ".attention." in name} != {name for name in given if ".attention." in name}:
-        encoder = {name for name in encoder if ".attention." not in name}
-        given = {name for name in given if ".attention." not in name}
+    unshared = {name for name in encoder ^ given if ".attention." in name}
+    encoder, given = encoder - unshared, given - unshared
     problems = [f"missing {name}" for name in sorted(encoder - given)]
     problems += [f"unknown {name}" for name in sorted(given - encoder)]
     problems += [

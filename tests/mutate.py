@@ -34,6 +34,7 @@ def statements(tree: ast.Module) -> Iterator[ast.stmt]:
         for block in ("body", "orelse"):
             for each in getattr(node, block, []) if not isinstance(node, ast.Lambda | ast.IfExp) else []:
                 text = isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant)
+                text |= isinstance(each, ast.AnnAssign) and each.value is None
                 kept = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assert | ast.Pass | ast.Raise
                 if not text and not isinstance(each, kept):
                     yield each

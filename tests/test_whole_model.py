@@ -48,7 +48,7 @@ def data(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(task: str = "mlm", length: int = 32, **changes: Any) -> Job:
     given: dict[str, Any] = {
         "side": "dstrain", "task": task, "kind": "sdpa", "length": length, "dtype": "fp32", "preset": "bert_tiny",
-        "corpus": CorpusSettings(), "vocabulary": Path(), "deepspeed": ROOT / "ds_configs" / "zero0.json",
+        "corpus": CorpusSettings(), "data": "", "vocabulary": Path(), "deepspeed": ROOT / "ds_configs" / "zero0.json",
         "documents_per_step": 4, "steps": 5, "threads": 1, "grouped": False,
     }  # fmt: skip
     return Job(**given | changes)
@@ -211,7 +211,9 @@ def test_memory_counts_what_was_there_for_a_moment() -> None:
 def test_a_mistake_is_one_sentence(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("DSTRAIN_DATA", raising=False)
+    for name in ("DSTRAIN_DATA", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is undone
+        monkeypatch.delenv(name)
     assert main(["--sides", "dstrain", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

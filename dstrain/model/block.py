@@ -46,10 +46,8 @@ def initialise(root: nn.Module, seed: int, std: float) -> None:
 class Dropout(nn.Module):
     """Dropout whose mask depends on nothing but (seed, place in the model, optimizer step, micro-batch).
 
-    The rate is rounded to a multiple of 2^-16, and what is kept is scaled for the rate that was used.
-
     Neither the number of ranks nor what ran before has a say, and activation checkpointing, which runs the forward a
-    second time, finds the same mask again.
+    second time, finds the same mask again. The rate is rounded to a multiple of 2^-16, and what is kept is scaled for it.
     """
 
     def __init__(self, rate: float, seed: int, place: str):

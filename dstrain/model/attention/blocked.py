@@ -115,8 +115,3 @@ def unit(x: Tensor) -> tuple[Tensor, Tensor]:
     """x / |x| along the last axis, and 1 / |x|."""
     inverse = torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)
     return x * inverse, inverse
-
-
-def unit_backward(grad: Tensor, unit_x: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient at x from the gradient at x / |x|: what lies along x is lost, the rest shrinks by |x|."""
-    return (grad - unit_x * (unit_x * grad).sum(-1, keepdim=True)) * inverse

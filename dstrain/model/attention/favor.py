@@ -85,7 +85,7 @@ class Favor(nn.Module):
 
     projection_HMD: Tensor
     offset_HM: Tensor
-    """Log of how much each projection counts for."""
+    """Log of the weight of each projection: 0 unless they are fitted."""
     redraw: Tensor
     spread_HDD: Tensor
     """For fitted projections, the factor that an isotropic draw is multiplied by."""
@@ -96,7 +96,7 @@ class Favor(nn.Module):
         self.register_buffer("projection_HMD", self._draw(0))
         self.register_buffer("offset_HM", torch.zeros_like(self.projection_HMD[..., 0]))
         self.register_buffer("redraw", torch.zeros((), dtype=torch.int64))
-        self._program = "blocked PyTorch, recomputed in backward"
+        self._program = "Triton where it can" if torch.cuda.is_available() else "blocked PyTorch, recomputed in backward"
         self._drawn = 0  # what `redraw` holds, known without asking a GPU
         self.register_load_state_dict_post_hook(_remember_redraw)
         if settings.projections == "fitted":
@@ -131,9 +131,10 @@ class Favor(nn.Module):
         """Fits the projections, if they are to be fitted, to such queries and keys as these."""
         if self.settings.projections == "fitted":
             normalize, square_H = self.settings.normalize_qk, self._scale(q_THD).double().square().cpu()
-            covariance_HDD = sum(_covariance(x_THD, sequences, normalize) for x_THD in (q_THD, k_THD))
-            self.spread_HDD.copy_(spread(covariance_HDD * square_H[:, None, None]))
-            self._set_projection()
+            covariance_HDD = _covariance(q_THD, sequences, normalize) + _covariance(k_THD, sequences, normalize)
+            if covariance_HDD.isfinite().all():  # the loss of a model that has diverged says so
+                self.spread_HDD.copy_(spread(covariance_HDD * square_H[:, None, None]))
+                self._set_projection()
 
     @property
     def kernel(self) -> str:
@@ -162,6 +163,8 @@ class Favor(nn.Module):
             # the density of N(0, I) over that of N(0, B B^T), where B w was drawn
             self.offset_HM.copy_((drawn_HMD.square() - fitted_HMD.square()).sum(-1) / 2)
             drawn_HMD = fitted_HMD
+        else:
+            self.offset_HM.zero_()  # inherited weights may have been fitted
         self.projection_HMD.copy_(drawn_HMD)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Favor:

@@ -89,7 +89,7 @@ class Lsh(nn.Module):
         super().__init__()
         self.settings, self.num_heads, self.head_dim, self.layer, self.seed = settings, num_heads, head_dim, layer, seed
         self._redraw = 0
-        self._program = "PyTorch, recomputed in backward"
+        self._program = "Triton where it can" if torch.cuda.is_available() else "PyTorch, recomputed in backward"
         self._rotations: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def forward(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, sequences: Sequences) -> Tensor:
@@ -266,6 +266,8 @@ class _Group:
         token_S = self.lay(order.token_HRT[self.heads, number].flatten().long(), 0)
         code_S = self.document_S
         if self.kernel.settings.mask_within_chunks:
+            buckets = sum(map(self.kernel.settings.buckets_of, self.kernel.sequences.lengths))
+            assert self.count * buckets < 1 << 24, "codes are compared as fp32"
             bucket_HT = order.bucket_HRT[self.heads, number] * self.count
             code_S = self.lay(bucket_HT.flatten() + self.head_G, -1)
         return _Slots(token_S, self.head_S, code_S.to(self.kernel.work))

@@ -34,7 +34,8 @@ Figures = dict[str, float]
 
 `error`                 |out - exact| / |exact| (Frobenius) over the sampled queries of all heads
 `uniform_error`         the same for the mean of all values: an estimate that is no better than this says nothing
-`captured_share`        share of the exact attention that falls on keys which the kernel looks at (1 for favor)
+`captured_share`        share of the exact attention among the points that falls on keys to which the kernel gives any
+                        weight (1 for favor)
 `effective_rank`        of the kernel's attention matrix among the points, mean over heads
 `exact_effective_rank`  of the exact one
 `logit_std`             standard deviation of a query's logits, root mean square over queries
@@ -147,6 +148,8 @@ def attention_matrix(attention: nn.Module, q_LHD: Tensor, k_LHD: Tensor, points_
 def effective_rank(matrix_XPP: Tensor) -> Tensor:
     """(...): exp of the entropy of the singular values divided by their sum (Roy and Vetterli, "The effective rank",
     EUSIPCO 2007): 1 where all rows are alike up to a factor, as in plain averaging; the size for the identity."""
+    if not matrix_XPP.isfinite().all():  # LAPACK refuses these
+        return matrix_XPP.new_full(matrix_XPP.shape[:-2], math.nan)
     values = torch.linalg.svdvals(matrix_XPP.cpu())
     share = values / values.sum(-1, keepdim=True).clamp_min(1e-30)
     return torch.special.entr(share).sum(-1).exp()

@@ -25,7 +25,8 @@ HEAD_DIMS = (16, 32, 64, 128)
 
 
 CHANGING = ("tokens", "round_", "first_head", "buckets")
-"""Numbers that differ from launch to launch: kernels are not compiled anew for those that are 1 or divide by 16."""
+"""Numbers that differ from launch to launch. Triton would compile a kernel anew where one of them is 1 or divisible by 16;
+not for these."""
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -185,6 +185,20 @@ def test_fitted_projections_are_saved_and_redrawn_with_what_they_were_fitted_to(
         assert torch.equal(resumed.offset_HM, module.offset_HM) and module.offset_HM.abs().max() > 0
 
 
+def test_fitting_looks_at_unit_vectors_where_the_kernel_does():
+    q, k, _ = biased(1.0)
+    long = normal(256, 1, 1, seed=3).exp() ** 3
+    module, other = (FavorSettings(nb_features=8, projections="fitted").build(4, 32, 0, 0) for _ in range(2))
+    module.adapt(q, k, Sequences.of([256]))
+    other.adapt((q * long).requires_grad_(), k * 7, Sequences.of([256]))
+    torch.testing.assert_close(module.spread_HDD, other.spread_HDD, rtol=1e-4, atol=1e-4)
+
+
+def test_the_shift_is_named_after_whose_means_are_subtracted():
+    named = {(c, q): FavorSettings(center_keys=c, center_queries=q).shift for c in (False, True) for q in (False, True)}
+    assert list(named.values()) == ["none", "queries", "keys", "both"]
+
+
 def test_isotropic_projections_do_not_adapt():
     q, k, _ = biased(1.0)
     module = FavorSettings(nb_features=8).build(4, 32, 0, 0)
@@ -286,6 +300,7 @@ def test_short_documents_do_not_keep_points_larger_than_themselves():
     q, k, v = normal(3, 80, 2, 8).requires_grad_().unbind(0)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         module(q, k, v, Sequences.of([40, 40]))
-        assert not any(shape[-2:] == (64, 8) and len(shape) == 3 and shape[0] == 4 for shape in kept)
+        assert kept.count((2, 64, 8)) == 1, "only the projections"
+        kept.clear()
         module(q, k, v, Sequences.of([80]))
-        assert (2, 64, 8) in kept
+        assert kept.count((2, 64, 8)) == 2, "and the points' values"
