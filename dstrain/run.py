@@ -80,9 +80,11 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
         site = Site(name, folder / "stages" / name, first_step, settings.seed)
         inherit(task, starting_weights(name, stage, weights), watch.say, site.name)
         if first_step == 0:
-            watch.tag(facts(task, precision, ranks))
+            known = facts(task, precision, ranks)
+            watch.tag(known)
             watch.say(f"{precision.reason}; attention: {task.encoder.kernel}")
         progress = finished(site) or train(stage, ready[name], task, site, ranks, watch)
+        watch.tag(known | {"attention_kernel": task.encoder.kernel})  # what ran; before, what was expected
         weights = read_weights(site.folder / "best.safetensors")
         first_step += progress.step
         outcome.stopped[name], outcome.best[name] = progress.stopped, progress.best
@@ -108,7 +110,6 @@ def train(stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ran
     engine = Engine(task, optimizer, ready.plan, ranks)
     try:
         progress = fit(engine, ready.objective, ready.corpus, stage, ready.course, site, watch.report, watch.stop)
-        watch.tag({"attention_kernel": task.encoder.kernel})  # what ran; before, what was expected
     finally:
         engine.close()
     with ranks.first() as mine:
