@@ -307,6 +307,7 @@ def run(given: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,  # --acc would run the timings
         prog="python -m benchmarks.attention",
         description=__doc__,
         epilog=EPILOG,

@@ -240,7 +240,7 @@ def _environment(facts: Facts) -> list[str]:
 def _limits(facts: Facts) -> list[str]:
     stage, count = facts.source.stage, sum(_classes(facts, "test"))
     longer = "is read in windows that vote" if stage.corpus.long_documents == "window" else "is cut"
-    few = f"- {count} test documents: accuracies {98 / math.sqrt(count or 1):.0f} points apart may be chance."
+    few = f"- {count} test documents: an accuracy is known to within {98 / math.sqrt(count or 1):.0f} points."
     return [
         "## Limits", "",
         f"- Text beyond {stage.max_length} tokens {longer}. Text unlike the training text gets an answer too.",
