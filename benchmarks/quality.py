@@ -394,6 +394,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         panel.grid(axis="y", color="0.9")
     figure.suptitle("grey: seeds; blue: mean, 95 % over seeds; green: at most one point below SDPA", fontsize=9)
     figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
 
@@ -424,8 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(given: argparse.Namespace) -> int:
     if not 1 <= given.seeds <= MOST_SEEDS:
         raise UserError(f"--seeds {given.seeds}: give 1 to {MOST_SEEDS}")
-    if given.plot and (given.plot.suffix != ".png" or not given.plot.resolve().parent.is_dir()):
-        raise UserError(f"--plot {given.plot}: give a .png in a folder that exists")
+    if given.plot and given.plot.suffix != ".png":  # said before hours of training, not after
+        raise UserError(f"--plot {given.plot}: give a name that ends in .png")
     corpora = [_selected(read_kinds(corpus, given.out, given.set), given.kinds) for corpus in given.corpus]
     if given.dry_run:
         for run in (run for kinds in corpora for kind in kinds for run in kind.runs(given.seeds)):
