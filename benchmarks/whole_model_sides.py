@@ -227,14 +227,15 @@ def _serve_dstrain(job: Job, pipe: Connection) -> None:
         batch = objective.batch(split, documents, epoch=0)
         return Mine(number, [(0, batch, split.document[documents])], batch.sequences.tokens)
 
-    take_step(engine, mine(0, short, chosen[0]), meter, LR, site)
+    warmup = mine(0, short, chosen[0])
+    take_step(engine, warmup, warmup.weight, meter, LR, site)
     pipe.send("ready")
     for number, documents in enumerate(chosen):
         step = mine(number, corpus, documents)
         if not pipe.recv():
             return
         clock.start()
-        take_step(engine, step, meter, LR, site)
+        take_step(engine, step, step.weight, meter, LR, site)
         pipe.send(Step(step.tokens, step.tokens, *clock.stop(), memory.peak()))
 
 

@@ -104,6 +104,24 @@ class Ranks:
     world: int
     device: torch.device
     launcher: str
+    hosts: Any = None
+    """The process group in which the hosts talk without waiting for their devices; None is the group of all."""
+
+    def add(self, *numbers: float) -> tuple[float, ...]:
+        """Sums over the ranks of numbers that each host knows; no device is waited for."""
+        if self.world == 1:
+            return numbers
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        torch.distributed.all_reduce(sums, group=self.hosts)
+        return tuple(sums.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (plain data), on every rank."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(found, json.dumps(value), group=self.hosts)
+        return [json.loads(text) for text in found]
 
     def sum(self, values: Tensor) -> Tensor:
         """Adds a tensor up over the ranks, in place; every rank has the same afterwards."""
@@ -165,7 +183,8 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
                 dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
                 timeout=timedelta(minutes=timeout_minutes),
             )  # fmt: skip
-    return Ranks(place.rank, place.world, device, place.launcher)
+    hosts = torch.distributed.new_group(backend="gloo") if cuda and place.world > 1 else None
+    return Ranks(place.rank, place.world, device, place.launcher, hosts)
 
 
 def leave_ranks() -> None:
@@ -357,8 +376,12 @@ class Engine:
         self._ds.save_checkpoint(str(draft), tag="engine", client_state=client_state, save_latest=False)
         with self.ranks.first() as mine:
             if mine:
-                shutil.rmtree(folder, ignore_errors=True)
+                before = _before(folder)
+                shutil.rmtree(before, ignore_errors=True)
+                if folder.exists():
+                    folder.rename(before)
                 draft.rename(folder)
+                shutil.rmtree(before, ignore_errors=True)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restores what `save` wrote and returns its state. Collective. Raises UserError when it can't be read."""
@@ -380,6 +403,15 @@ class Engine:
     def close(self) -> None:
         """Frees the optimizer's hooks and buffers."""
         self._ds.destroy()
+
+
+def standing(folder: Path) -> Path | None:
+    """The checkpoint to go on from: what `save` left at `folder`, or the one before if a death came between its renames."""
+    return next((place for place in (folder, _before(folder)) if place.exists()), None)
+
+
+def _before(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".before")
 
 
 def _safe_checkpoint_engine(engine: Any) -> Any:

@@ -6,9 +6,8 @@ A stage is data (StageSettings); `fit` is the only loop there is, whatever the o
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from pydantic import model_validator
 from dstrain.data.batches import EpochPlan, epoch_plan, evaluation_plan
 from dstrain.data.cache import Corpus, TokenSplit
 from dstrain.data.corpora import CorpusSettings
-from dstrain.engine import Diverged, Engine, Ranks, peak_memory_gb
+from dstrain.engine import Diverged, Engine, Ranks, peak_memory_gb, standing
 from dstrain.metrics import Tally
 from dstrain.model.attention.report import DOCUMENTS, evenly, report_attention, summed_up
 from dstrain.objective import Objective, ObjectiveSettings, Task
@@ -192,6 +191,11 @@ class Mine:
     tokens: int
     """Real tokens of the whole step, over all ranks."""
 
+    @property
+    def weight(self) -> float:
+        """Terms of the loss in this rank's micro-batches."""
+        return float(sum(batch.weight for _, batch, _ in self.batches))
+
 
 def prepared(course: Course, split: TokenSplit, objective: Objective, ranks: Ranks, steps: range) -> Iterator[Mine]:
     """This rank's share of each step, made one step ahead in a thread so that the device never waits for the host."""
@@ -247,15 +251,17 @@ class Site:
 
 def fit(
     engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, course: Course, site: Site,
-    report: Report, stop: threading.Event | None = None,
+    report: Report, asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Progress:  # fmt: skip
     """Trains one stage to its end, from its checkpoint where there is one.
 
     Leaves `best.safetensors` (the weights that the selection metric chose; the last ones without a validation split)
-    in the stage's folder. Raises Interrupted after saving when `stop` is set, Diverged when the loss is not a number.
+    in the stage's folder. `asked_to_stop` is called before every step on every rank; one that is asked stops them all.
+    Raises Interrupted after saving when that happens, Diverged when the loss is not a number.
     """
     ranks, split, checkpoint = engine.ranks, corpus.splits["train"], site.folder / "checkpoint"
-    saved = engine.load(checkpoint) if checkpoint.exists() else {}
+    there = standing(checkpoint)
+    saved = engine.load(there) if there else {}
     progress = Progress(**saved["progress"]) if saved else Progress()
     if progress.step == 0:
         look_at_attention(engine, objective, split, stage, site, progress, course.total_steps, report, adapt=True)
@@ -263,17 +269,23 @@ def fit(
     if saved:
         meter.restore(saved["unreported"])
     hold_still(engine, stage, frozen=progress.step < course.thaw_step)
+    saved_at = progress.step if saved else -1
     for mine in prepared(course, split, objective, ranks, range(progress.step, course.total_steps)):
+        weight, asked = ranks.add(mine.weight, asked_to_stop())
+        if asked:
+            with meter.paused():
+                if saved_at != progress.step:
+                    save(engine, checkpoint, progress, meter)
+            raise Interrupted(f"saved {site.name} at step {progress.step}")
         if mine.step == course.thaw_step and course.thaw_step:
             hold_still(engine, stage, frozen=False)
             engine.restart_moments("frozen")
-        take_step(engine, mine, meter, lr_factor(mine.step, course.total_steps, stage.optim) * stage.optim.lr, site)
+        lr = lr_factor(mine.step, course.total_steps, stage.optim) * stage.optim.lr
+        take_step(engine, mine, max(weight, 1.0), meter, lr, site)
         progress = replace(progress, step=mine.step + 1, tokens=progress.tokens + mine.tokens)
         due = course.due(progress.step)
-        asked = stop is not None and stop.is_set() and (due.report or ranks.world == 1)
-        if due.report:  # ranks may only act together, and reports are where they meet
+        if due.report:
             progress = meter.report(progress, report)
-            asked = bool(ranks.agree(asked))
         with meter.paused():
             if due.evaluation:
                 progress = judge(engine, objective, corpus, stage, site, progress, course.total_steps, report)
@@ -281,23 +293,25 @@ def fit(
                 look_at_attention(engine, objective, split, stage, site, progress, course.total_steps, report)
             if progress.stopped or due.end:
                 return replace(progress, stopped=progress.stopped or "finished")
-            if asked or due.checkpoint:
-                engine.save(checkpoint, {"progress": asdict(progress), "unreported": meter.unreported()})
-            if asked:
-                raise Interrupted(f"saved {site.name} at step {progress.step}")
+            if due.checkpoint:
+                save(engine, checkpoint, progress, meter)
+                saved_at = progress.step
     return replace(progress, stopped="finished")  # resumed after its last step
 
 
-def take_step(engine: Engine, mine: Mine, meter: Meter, lr: float, site: Site) -> None:
-    """One optimizer step: the gradient of the mean over all terms of all micro-batches of all ranks."""
-    terms = torch.tensor([sum(batch.weight for _, batch, _ in mine.batches)], dtype=torch.float32)
-    weight = engine.ranks.sum(terms.to(engine.ranks.device)).clamp_min_(1.0)
+def save(engine: Engine, folder: Path, progress: Progress, meter: Meter) -> None:
+    """A checkpoint from which the stage goes on as if nothing had been."""
+    engine.save(folder, {"progress": asdict(progress), "unreported": meter.unreported()})
+
+
+def take_step(engine: Engine, mine: Mine, weight: float, meter: Meter, lr: float, site: Site) -> None:
+    """One optimizer step: the gradient of the mean over all `weight` terms of all micro-batches of all ranks."""
     task: Any = engine.task
     for number, batch, documents in mine.batches:
         task.set_step(site.first_step + mine.step, number)
         on_device = batch.to(engine.ranks.device)
         loss_sum, evidence = engine(on_device)
-        engine.backward(loss_sum / weight[0])
+        engine.backward(loss_sum / weight)
         engine.step(lr)
         meter.tally.add(on_device, loss_sum, evidence, documents)
     meter.lr = lr
@@ -425,13 +439,15 @@ class Meter:
         self._since = time.perf_counter()
 
     def unreported(self) -> dict[str, Any]:
-        """What was counted since the last report, for a checkpoint between two of them (on one rank: see `fit`)."""
-        return {"since": asdict(self._reported), "sums": self.tally.sums.tolist(), "seconds": self._seconds}
+        """What every rank has counted since the last report, for a checkpoint between two of them. Collective."""
+        sums = self._engine.ranks.gather(self.tally.sums.tolist())
+        return {"since": asdict(self._reported), "sums": sums, "seconds": self._seconds}
 
     def restore(self, unreported: dict[str, Any]) -> None:
         """Goes on counting where `unreported` was asked."""
+        own = unreported["sums"][self._engine.ranks.rank]
         self._reported = Progress(**unreported["since"])
-        self.tally.sums += torch.tensor(unreported["sums"], dtype=torch.float64, device=self.tally.sums.device)
+        self.tally.sums += torch.tensor(own, dtype=torch.float64, device=self.tally.sums.device)
         self._seconds = unreported["seconds"]
 
     @contextmanager

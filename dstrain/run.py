@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import socket
-import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,7 +48,8 @@ class Watch:
     report: Report
     say: Say
     tag: Callable[[dict[str, str]], None]
-    stop: threading.Event = field(default_factory=threading.Event)
+    asked_to_stop: Callable[[], bool] = lambda: False
+    """Called before every step, on every rank."""
 
 
 def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
@@ -109,7 +109,7 @@ def train(stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ran
     optimizer = build_optimizer(groups(task, stage), stage.optim, ranks.device)
     engine = Engine(task, optimizer, ready.plan, ranks)
     try:
-        progress = fit(engine, ready.objective, ready.corpus, stage, ready.course, site, watch.report, watch.stop)
+        progress = fit(engine, ready.objective, ready.corpus, stage, ready.course, site, watch.report, watch.asked_to_stop)
     finally:
         engine.close()
     with ranks.first() as mine:

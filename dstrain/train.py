@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +23,6 @@ if TYPE_CHECKING:
     from dstrain.engine import Ranks
     from dstrain.run import Outcome, Say, Watch
     from dstrain.settings import Document, RunSettings
-
-SAVED_COME_BACK = 75
-"""Exit status of a run that was asked to stop and saved: EX_TEMPFAIL, on which a scheduler's script may requeue."""
 
 _EPILOG = """\
 examples
@@ -86,16 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.explain is None and given.file is None:
         words.error("give a FILE.yaml, or --explain")
     from dstrain.schema import UserError
+    from dstrain.stopping import leave_on_signals
 
+    leave_on_signals("asked to stop before training began; the same command starts again")
     try:
         return _explain(given.explain) if given.explain is not None else _train(given)
     except UserError as error:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks have the same to say
             print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted before training began; the same command starts again", file=sys.stderr)
-        return SAVED_COME_BACK
 
 
 def _explain(prefix: str) -> int:
@@ -165,6 +159,7 @@ def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettin
     from dstrain.engine import Diverged, join_ranks, leave_ranks
     from dstrain.loop import Interrupted
     from dstrain.run import run
+    from dstrain.stopping import SAVED_COME_BACK
 
     ranks = join_ranks()
     try:
@@ -226,10 +221,11 @@ class _watching:
 
     def __enter__(self) -> Watch:
         from dstrain.run import Watch
+        from dstrain.stopping import stop_on_signals
 
-        stop = stop_on_signals()
+        stop = stop_on_signals("asked to stop: saving at the end of this step")
         if not self._speaks:
-            return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, stop)
+            return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, stop.is_set)
         from dstrain.evidence import collect
         from dstrain.readings import Console, JsonLines, fan_out
         from dstrain.settings import ROOT, plain
@@ -240,7 +236,7 @@ class _watching:
         self._tracker = settings.tracking.open(settings.output_dir)
         self._run = self._tracker.run(settings.folder, settings.name, plain(settings), collect(ROOT).tags())
         report = fan_out(JsonLines(settings.folder), Console(quiet=self._quiet))
-        return Watch(report, _silent if self._quiet else _say, self._run.tag, stop)
+        return Watch(report, _silent if self._quiet else _say, self._run.tag, stop.is_set)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not self._speaks:
@@ -258,21 +254,6 @@ def ending(error: BaseException | None) -> tuple[str, str]:
         return "FINISHED", "finished"
     interrupted = type(error).__name__ == "Interrupted" or isinstance(error, KeyboardInterrupt)
     return ("KILLED" if interrupted else "FAILED"), f"{type(error).__name__}: {error}"
-
-
-def stop_on_signals() -> threading.Event:
-    """An event that SIGTERM, SIGUSR1 and SIGINT set; a second one of them ends the process at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-        os.write(2, b"asked to stop: saving at the end of this step (again: at once)\n")
-
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, handle)
-    return stop
 
 
 def _say(sentence: str) -> None:

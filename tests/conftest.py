@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import inspect
 import os
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +143,7 @@ class Told:
 
 
 def train_here(
-    tree: dict[str, Any], ranks: Ranks, stop: threading.Event | None = None, told: Told | None = None
+    tree: dict[str, Any], ranks: Ranks, asked_to_stop: Callable[[], bool] = lambda: False, told: Told | None = None
 ) -> Told:
     """`claim` and `run` as the door calls them, readings.jsonl included; `told` is filled even when the run raises."""
     from dstrain.readings import JsonLines, fan_out
@@ -156,6 +155,6 @@ def train_here(
     told = Told(settings) if told is None else told
     claim(settings)
     report = fan_out(JsonLines(settings.folder), told.readings.append)
-    watch = Watch(report, told.sentences.append, told.tags.update, stop or threading.Event())
+    watch = Watch(report, told.sentences.append, told.tags.update, asked_to_stop)
     told.outcome = run(settings, ranks, watch)
     return told

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -505,16 +504,15 @@ def test_without_a_validation_split_the_last_weights_are_kept(
 # ----------------------------------------------------------------------------------------------- stop and go on
 
 
-class StopAt(threading.Event):
-    """Is set from the n-th step of the run on (the loop asks once a step)."""
+class StopAfter:
+    """Asks to stop once the run has taken n steps (it is called before every step)."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.left = number
+    def __init__(self, steps: int) -> None:
+        self.left = steps
 
-    def is_set(self) -> bool:
+    def __call__(self) -> bool:
         self.left -= 1
-        return self.left <= 0
+        return self.left < 0
 
 
 def resumable(corpus: Path, output_dir: Path, zero: str, **changes: Any) -> dict[str, Any]:
@@ -547,7 +545,7 @@ def check_resume(
         name = f"cut_{stop}"
         cut = Told(whole.settings)
         with pytest.raises(Interrupted, match=r"saved (pretrain|finetune) at step \d+"):
-            train_here(tree(name=name), ranks, StopAt(stop), cut)
+            train_here(tree(name=name), ranks, StopAfter(stop), cut)
         before = len(cut.readings)
         resumed = train_here(tree(name=name), ranks)
         assert same(last_weights[-1], wanted), f"stopped after {stop} steps"

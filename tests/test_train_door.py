@@ -142,12 +142,21 @@ def test_a_refused_start_leaves_nothing_behind(write: Write, tmp_path: Path, ove
 
 def test_a_second_signal_ends_at_once() -> None:
     code = (
-        "import os, signal; from dstrain.train import stop_on_signals; stop = stop_on_signals()\n"
+        "import os, signal; from dstrain.stopping import stop_on_signals; stop = stop_on_signals('saving')\n"
         "os.kill(os.getpid(), signal.SIGTERM); assert stop.is_set(); os.kill(os.getpid(), signal.SIGTERM); print('still here')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
-    assert done.stderr.startswith("asked to stop: saving at the end of this step")
+    assert done.stderr == "saving (again: at once)\n"
+
+
+def test_before_training_a_signal_ends_the_program_with_a_sentence() -> None:
+    code = (
+        "import os, signal; from dstrain.stopping import leave_on_signals; leave_on_signals('nothing begun')\n"
+        "os.kill(os.getpid(), signal.SIGTERM); print('still here')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "nothing begun\n")
 
 
 # ------------------------------------------------------------------------------------------------ what it refuses
@@ -418,13 +427,16 @@ def test_each_end_has_its_exit_status(
 
 def test_a_signal_is_passed_on_to_the_run(write: Write, answer: Callable[..., Answer], staged: Any) -> None:
     def play(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
-        assert not watch.stop.is_set()
+        assert not watch.asked_to_stop()
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert watch.stop.wait(5)
+        deadline = time.monotonic() + 5
+        while not watch.asked_to_stop() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert watch.asked_to_stop()
         raise Interrupted("saved")
 
     staged(play)
-    assert answer(write(), "--quiet")[0] == train.SAVED_COME_BACK == 75
+    assert answer(write(), "--quiet")[0] == 75
 
 
 def test_other_ranks_write_and_say_nothing(write: Write, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # An arrow may only point to a lower number; arrows between equals only inside one folder.
 LEVELS = [
     {"schema", "packed"},
-    {"readings", "evidence", "ledger", "ds_plan", "optim", "precision", "rungs", "space", "data", "model"},
+    {"stopping", "readings", "evidence", "ledger", "ds_plan", "optim", "precision", "rungs", "space", "data", "model"},
     {"metrics", "engine", "tracking"},
     {"objective"},
     {"loop"},

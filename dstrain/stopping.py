@@ -1,0 +1,37 @@
+"""How a person, a scheduler or a time limit asks a program to stop: SIGTERM, SIGUSR1 or SIGINT."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+SAVED_COME_BACK = 75
+"""Exit status of what was asked to stop and saved: EX_TEMPFAIL, on which a scheduler's script may requeue."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def stop_on_signals(answer: str) -> threading.Event:
+    """An event that SIGTERM, SIGUSR1 and SIGINT set, answering with a sentence; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+        os.write(2, f"{answer} (again: at once)\n".encode())
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
+    return stop
+
+
+def leave_on_signals(sentence: str) -> None:
+    """Until there is anything to save, each of the signals ends the process with a sentence and "come back"."""
+
+    def handle(number: int, frame: object) -> None:
+        os.write(2, f"{sentence}\n".encode())
+        os._exit(SAVED_COME_BACK)
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
