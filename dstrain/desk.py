@@ -9,11 +9,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from dstrain.agenda import Agenda
 from dstrain.evidence import collect
 from dstrain.run import run_files
+from dstrain.rungs import Promotions
 from dstrain.search import Candidate, Ended, Search
 from dstrain.settings import ROOT, plain
 from dstrain.tracking import Status, TrackedRun, Tracker
+
+DIED = "its processes died without a word (killed, or out of memory)"
 
 
 class Desk:
@@ -21,11 +25,17 @@ class Desk:
 
     def __init__(self, search: Search) -> None:
         self.search = search
-        self.candidates = {candidate.id: candidate for candidate in search.candidates}
+        self._candidates = {candidate.id: candidate for candidate in search.candidates}
+        self._progress: dict[str, float] = {}
         self.rungs, warning = search.rungs()
         if warning:
             print(f"warning: {search.document.source}: {warning}", file=sys.stderr)
         self.stopped: dict[str, str] = {}
+        self.agenda: Agenda | None = None
+        """Where trials that give their processes back are told; None while one of Ray's schedulers rules."""
+        self.idle = False
+        """Set by the driver once an interrupted search has nothing running any more."""
+        self._closed = False
         self._runs: dict[str, TrackedRun] = {}
         self._tags = collect(ROOT).tags()
         self._tracker: Tracker = search.base.tracking.open(search.base.output_dir)
@@ -50,7 +60,10 @@ class Desk:
         self._board.stop()
         search = self.search
         best = search.write_best()
-        unfinished = sum(candidate.ended() is None for candidate in search.candidates)
+        for name, run in self._runs.items():
+            if self.candidate(name).ended() is None:
+                run.finish("KILLED", {"state": "interrupted"})
+        unfinished = search.expected - sum(candidate.ended() is not None for candidate in search.candidates)
         kept = [search.folder / "search.yaml", *([best] if best else [])]
         self._parent.finish(
             "KILLED" if unfinished else "FINISHED",
@@ -59,44 +72,98 @@ class Desk:
         )
         self._tracker.close()
 
+    def candidate(self, name: str) -> Candidate:
+        """The trial with this id; a sampler or the finals may have added it since the start."""
+        if name not in self._candidates:
+            finals = [candidate for runs in self.search.finalists() for candidate in runs]
+            self._candidates |= {candidate.id: candidate for candidate in (*finals, *self.search.candidates)}
+        return self._candidates[name]
+
+    def close(self) -> None:
+        """The search was asked to stop: from now on a trial that gives its processes back is interrupted."""
+        self._closed = True
+        if self.agenda is not None:
+            self.agenda.close()
+
     def started(self, name: str) -> None:
         """A trial has its processes."""
-        candidate = self.candidates[name]
+        candidate = self.candidate(name)
         (candidate.folder / "failure.txt").unlink(missing_ok=True)  # of an earlier attempt
-        if name not in self._runs:
-            self._runs[name] = self._tracker.run(
-                candidate.folder, name, plain(candidate.settings), self._tags, self._parent
-            )
-            self._runs[name].tag({"changes": candidate.changes})
+        self._run(candidate)
         self._board.started(candidate)
+
+    def _run(self, candidate: Candidate) -> TrackedRun:
+        """The trial's run in MLflow."""
+        if candidate.id not in self._runs:
+            settings = plain(candidate.settings)
+            run = self._tracker.run(candidate.folder, candidate.id, settings, self._tags, self._parent)
+            run.tag({"changes": candidate.changes})
+            self._runs[candidate.id] = run
+        return self._runs[candidate.id]
 
     def reported(self, name: str, progress: float, value: float) -> bool:
         """Whether a trial goes on after this reading."""
-        self._board.reported(self.candidates[name], progress, value)
+        self._board.reported(self.candidate(name), progress, value)
+        self._progress[name] = progress
+        if self.agenda is not None and self.agenda.finalists:
+            return True
         decision = self.rungs.record(name, progress, value)
-        if not decision.keep:
+        if not decision.keep and not self._waits(name):
             self.stopped[name] = decision.reason
         return decision.keep
 
+    def _waits(self, name: str) -> bool:
+        return isinstance(self.rungs, Promotions) and self.rungs.waits(name)
+
+    def exchanged(self, name: str, other: str, settings: dict[str, Any]) -> None:
+        """PBT had a trial take over another's state, with these settings from now on."""
+        said = " ".join(f"{address.rpartition('.')[2]}={value:.4g}" for address, value in settings.items())
+        self._run(self.candidate(name)).tag({f"exchange_at_{self._progress[name]:.2f}": f"from {other}, {said}"})
+        self._board.say(f"{name} goes on from {other} with {said}")
+
+    def died(self, name: str) -> None:
+        """A trial's processes died and are started again: the reason is kept."""
+        candidate = self.candidate(name)
+        reason = self._failure(candidate) or DIED
+        candidate.fault(reason)
+        self._board.say(f"{name} starts again from its checkpoint: {reason}")
+
+    def dismissed(self, candidate: Candidate, reason: str) -> None:
+        """A trial has waited on a rung in vain."""
+        self._finish(candidate, candidate.end("stopped", reason))
+
     def ended(self, name: str, error: str | None) -> None:
-        """A trial's processes are gone: finds out why, and writes it down. An interrupted trial has not ended."""
-        candidate = self.candidates[name]
-        failure = candidate.folder / "failure.txt"
+        """A trial's processes are gone: finds out why, and writes it down. Who is interrupted or waits has not ended."""
+        candidate = self.candidate(name)
+        waits = False
         if (candidate.folder / "outcome.json").exists():
-            ended = candidate.end("finished", "finished")
+            self._finish(candidate, candidate.end("finished", "finished"))
         elif name in self.stopped:
-            ended = candidate.end("stopped", self.stopped[name])
-        elif failure.exists():
-            ended = candidate.end("failed", failure.read_text(encoding="utf-8").partition("\n")[0])
+            self._finish(candidate, candidate.end("stopped", self.stopped[name]))
+        elif failure := self._failure(candidate):
+            self._finish(candidate, candidate.end("failed", failure))
         elif error is not None:
-            ended = candidate.end("failed", error)
-        else:
-            return
+            self._finish(candidate, candidate.end("failed", error))
+        elif not self._closed and self._waits(name):
+            waits = True
+            self._board.paused(candidate)
+        elif not self._closed:
+            kind = self.search.settings.scheduler.kind
+            progress = self._progress.get(name, 0.0)
+            self._finish(candidate, candidate.end("stopped", f"stopped by {kind} at {progress:.2f} of the stage"))
+        if self.agenda is not None:
+            self.agenda.returned(candidate, waits)
+
+    def _failure(self, candidate: Candidate) -> str:
+        file = candidate.folder / "failure.txt"
+        return file.read_text(encoding="utf-8").partition("\n")[0] if file.exists() else ""
+
+    def _finish(self, candidate: Candidate, ended: Ended) -> None:
         tags_file = candidate.folder / "tags.json"
         tags = json.loads(tags_file.read_text()) if tags_file.exists() else {}
         status: Status = "FAILED" if ended.state == "failed" else "FINISHED"
-        tags |= {"state": ended.state, "stop_reason": ended.reason}
-        self._runs[name].finish(status, tags, run_files(candidate.folder))
+        tags |= {"state": ended.state, "stop_reason": ended.reason, "restarts": str(len(candidate.faults()))}
+        self._run(candidate).finish(status, tags, run_files(candidate.folder))
         self._board.ended(candidate, ended)
 
 
@@ -115,7 +182,7 @@ class Board:
         )
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         done = sum(candidate.ended() is not None for candidate in search.candidates)
-        self._bar = self._progress.add_task("", total=len(search.candidates), completed=done)
+        self._bar = self._progress.add_task("", total=search.expected, completed=done)
         self._running: dict[str, str] = {}
 
     def start(self) -> None:
@@ -136,18 +203,21 @@ class Board:
         self._running[candidate.id] = f"{progress:.0%} {value:.3f}"
         self._refresh()
 
+    def paused(self, candidate: Candidate) -> None:
+        """A trial waits on its rung."""
+        self._running.pop(candidate.id, None)
+        self._refresh()
+
     def ended(self, candidate: Candidate, ended: Ended) -> None:
         """A trial ends: one line that stays."""
         self._running.pop(candidate.id, None)
-        row = self._search.row(candidate)
-        self._progress.console.print(
-            f"{candidate.id}  {candidate.changes}  {'  '.join(row.cells())}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        self.say(f"{candidate.id}  {candidate.changes}  {'  '.join(self._search.row(candidate).cells())}")
         self._progress.advance(self._bar)
         self._refresh()
+
+    def say(self, sentence: str) -> None:
+        """One line that stays."""
+        self._progress.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def _refresh(self) -> None:
         self._progress.update(self._bar, description="  ".join(self._running.values()))

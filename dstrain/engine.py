@@ -89,10 +89,10 @@ def _first_host(environ: Mapping[str, str]) -> str:
     return listed.stdout.split()[0]
 
 
-def free_port() -> int:
-    """A TCP port nobody listens on just now."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of this machine's address `host` on which nobody listens just now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -279,10 +280,10 @@ def inherit(task: Task, weights: dict[str, Tensor] | None, say: Say, stage: str)
 _held: dict[Path, IO[str]] = {}
 
 
-def hold(folder: Path) -> None:
+def hold(folder: Path, wait_seconds: float = 0.0) -> None:
     """Keeps other processes out of a run or search folder until this one ends.
 
-    Raises UserError that names who is in there, or when nothing can be written there.
+    Raises UserError that names who is in there (still, after `wait_seconds`), or when nothing can be written there.
     """
     path = folder.resolve() / "in-use"
     if path in _held:
@@ -292,27 +293,39 @@ def hold(folder: Path) -> None:
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another output_dir=...") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it dies
-    except (BlockingIOError, PermissionError):
+    if not _lock(file, wait_seconds):
         file.seek(0)
         raise UserError(
             f"{folder}: is in use by {file.read().strip() or 'another process'}; wait for it, end it, or give name=..."
-        ) from None
-    except OSError:  # a file system without locks
-        return
+        )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     _held[path] = file
 
 
-def claim(settings: RunSettings) -> None:
+def _lock(file: IO[str], wait_seconds: float) -> bool:
+    """Whether the file is locked for this process from now on; the lock goes with the process, however it dies."""
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            return True
+        else:
+            return True
+
+
+def claim(settings: RunSettings, wait_seconds: float = 0.0) -> None:
     """Makes the run folder, or checks that the one there belongs to a run with these very settings.
 
     A folder in which no stage has begun is taken over: a mistake in the data or the settings can be put right.
     """
-    hold(settings.folder)
+    hold(settings.folder, wait_seconds)
     file = settings.folder / "settings.yaml"
     wanted = dump_yaml({"base": plain(settings)})
     if not file.exists() or not (settings.folder / "stages").exists():

@@ -2,7 +2,8 @@
 
 A rung is a place on the way through the stage that owns the search's metric, as a share of that stage (its horizon).
 The first report at or past a rung enters the trial there; a trial goes on while it is among the best 1/eta of all that
-have entered, on every rung it has passed. Nobody waits for anybody. Three things differ from the paper's pseudocode:
+have entered, on every rung it has passed. Nobody waits for anybody. Where trials are stopped (`on_rung: stop`) three
+things differ from the paper's pseudocode:
 
 - The best two of a rung always stay: with fewer than 2 * eta values the best 1/eta would be a single trial, and chance
   decides which of two equals comes first.
@@ -11,6 +12,10 @@ have entered, on every rung it has passed. Nobody waits for anybody. Three thing
 - The first rung (the grace) stands, unless the file says otherwise, at twice the warm-up, and where layers are frozen
   a third of the way from the latest thaw of any trial to the end. Trials with frozen layers start behind and overtake
   after the thaw: a rung before it throws the winner away, and a rung right after it is a coin toss.
+
+With `on_rung: pause` a trial that enters a rung waits there. Once every trial has begun, and whenever there is room, the
+best waiting trial among the best 1/eta of its rung goes on from its checkpoint, from the lowest rung that has one. On one
+GPU that is successive halving itself; on many nobody waits for a rung to be complete.
 
 docs/search.md has the replay of published curves that these defaults rest on.
 """
@@ -55,6 +60,8 @@ class AshaSettings(Settings):
     """Asynchronous successive halving: trials that fall behind are stopped."""
 
     kind: Literal["asha"] = "asha"
+    on_rung: Literal["stop", "pause"] = "stop"
+    """stop ends who falls behind; pause lets every trial wait on its rung, and the best go on from their checkpoints."""
     grace: Annotated[int | float | Literal["auto"], PlainValidator(_grace)] = "auto"
     """No trial is stopped before this: optimizer steps (an integer) or a share of the stage (0.5); auto is twice the
     warm-up, and a third of the way from the latest thaw to the end where any trial freezes layers."""
@@ -76,7 +83,39 @@ class NoSchedulerSettings(Settings):
     kind: Literal["none"] = "none"
 
 
-SchedulerSettings = Annotated[AshaSettings | NoSchedulerSettings, Field(discriminator="kind")]
+class HyperbandSettings(Settings):
+    """Ray's synchronous Hyperband (Li et al. 2018, arXiv 1603.06560): brackets that trade trials against their length.
+
+    Its clock starts at the grace, so that nothing is decided before (see AshaSettings).
+    """
+
+    kind: Literal["hyperband"] = "hyperband"
+    grace: Annotated[int | float | Literal["auto"], PlainValidator(_grace)] = "auto"
+    """As for asha."""
+    eta: int = setting(3, ge=2, le=100)
+    """One in eta trials goes on at each halving."""
+
+
+class PbtSettings(Settings):
+    """Ray's population based training (Jaderberg et al. 2017, arXiv 1711.09846).
+
+    At every interval the worst trials go on from the checkpoints of the best, with their hyperparameters changed.
+    """
+
+    kind: Literal["pbt"] = "pbt"
+    interval: Place = 0.1
+    """Distance between exchanges: optimizer steps (an integer) or a share of the stage."""
+    grace: Annotated[int | float | Literal["auto"], PlainValidator(_grace)] = "auto"
+    """No exchange before this; as for asha."""
+    quantile: float = setting(0.25, gt=0, le=0.5)
+    """This share of the population is replaced by, and chosen from, the share at the other end."""
+    resample: float = setting(0.25, ge=0, le=1)
+    """How often a value is drawn anew instead of being changed by a factor of 1.2 or 0.8."""
+
+
+SchedulerSettings = Annotated[
+    AshaSettings | HyperbandSettings | PbtSettings | NoSchedulerSettings, Field(discriminator="kind")
+]
 
 
 def default_grace(warmup: float, thaw: float) -> float:
@@ -95,10 +134,18 @@ def rung_places(settings: AshaSettings, warmup: float, thaw: float, horizon: int
     """
     if settings.rungs:
         return tuple(sorted({_share("search.scheduler.rungs", place, horizon) for place in settings.rungs}))
-    auto = settings.grace == "auto"
-    first = default_grace(warmup, thaw) if auto else _share("search.scheduler.grace", settings.grace, horizon)
+    first = grace_of(settings, warmup, thaw, horizon)
     count = math.ceil(math.log(1 / first, settings.eta) - _ROUNDING) if first < 1 else 0
     return tuple(first * settings.eta**power for power in range(count))
+
+
+def grace_of(
+    settings: AshaSettings | HyperbandSettings | PbtSettings, warmup: float, thaw: float, horizon: int
+) -> float:
+    """The share of the stage before which nothing is decided. Raises UserError for one at or past the end."""
+    if settings.grace == "auto":
+        return default_grace(warmup, thaw)
+    return _share("search.scheduler.grace", settings.grace, horizon)
 
 
 def _share(address: str, place: Any, horizon: int) -> float:
@@ -110,10 +157,13 @@ def _share(address: str, place: Any, horizon: int) -> float:
     return place / horizon if isinstance(place, int) else float(place)
 
 
-def early_cut(settings: AshaSettings, warmup: float, thaw: float, horizon: int) -> str | None:
+def early_cut(settings: SchedulerSettings, warmup: float, thaw: float, horizon: int) -> str | None:
     """The warning for a first rung that stands before the default one, with the numbers; None when there is none."""
+    if isinstance(settings, NoSchedulerSettings):
+        return None
     default = default_grace(warmup, thaw)
-    first = min(rung_places(settings, warmup, thaw, horizon), default=default)
+    places = rung_places(settings, warmup, thaw, horizon) if isinstance(settings, AshaSettings) else ()
+    first = min(places, default=grace_of(settings, warmup, thaw, horizon))
     if first >= default - _ROUNDING:
         return None
 
@@ -121,8 +171,9 @@ def early_cut(settings: AshaSettings, warmup: float, thaw: float, horizon: int) 
         return f"{share:.2g} of the stage (step {math.ceil(share * horizon - _ROUNDING)} of {horizon})"
 
     thawed = f" and the last frozen layers thaw at {step(thaw)}" if thaw else ""
+    place = "rungs" if getattr(settings, "rungs", ()) else "grace"
     return (
-        f"search.scheduler.{'rungs' if settings.rungs else 'grace'}: trials are stopped from {step(first)} on, but "
+        f"search.scheduler.{place}: trials are stopped from {step(first)} on, but "
         f"warm-up ends at {step(warmup)}{thawed}; who starts behind overtakes later, so the winner may be thrown away; "
         f"grace: auto waits until {step(default)}"
     )
@@ -220,10 +271,81 @@ class Rungs:
         return f"rank {rank} of {len(scores)} at rung {self.places[passed[-1]]:.2f}"
 
 
+class Promotions(Rungs):
+    """Rungs on which trials wait: the best 1/eta of a rung go on from there, when somebody asks for work.
+
+    Here `keep` of a decision means that the trial need not wait: it is between two rungs.
+    """
+
+    def __init__(self, places: Sequence[float], eta: int, mode: Literal["min", "max"]) -> None:
+        """As for `Rungs`."""
+        super().__init__(places, eta, mode)
+        self._gone_on: tuple[set[str], ...] = tuple(set() for _ in places)
+
+    def record(self, trial_id: str, progress: float, value: float) -> Decision:
+        """Takes in a report and decides whether the trial goes on at once."""
+        if not self.places or progress >= 1 - _ROUNDING:
+            return Decision(True, "reached its end" if progress >= 1 - _ROUNDING else "nothing waits")
+        self._enter(trial_id, progress, value)
+        if not math.isfinite(value):
+            return Decision(False, f"stopped at {progress:.2f} of the stage: the metric is {value}")
+        if not self.waits(trial_id):
+            return Decision(True, "is on its way to the next rung")
+        return Decision(False, f"waits at rung {self.places[self._highest(trial_id)]:.2f}")
+
+    def replay(self, history: Iterable[History]) -> None:
+        """Puts earlier reports back on their rungs; who reported past a rung had gone on from it."""
+        for trial in history:
+            for progress, value in trial.reports:
+                here = self._highest(trial.trial_id)
+                if here >= 0:
+                    self._gone_on[here].add(trial.trial_id)
+                if progress < 1 - _ROUNDING:
+                    self._enter(trial.trial_id, progress, value)
+
+    def waits(self, trial_id: str) -> bool:
+        """Whether the trial stands on a rung from which it has not gone on."""
+        index = self._highest(trial_id)
+        return index >= 0 and trial_id not in self._gone_on[index]
+
+    def promote(self, waiting: Iterable[str], last_chance: bool) -> str | None:
+        """The waiting trial that goes on next, from the lowest rung that has one; None when none has earned it.
+
+        `last_chance` says that no other trial will come: then the best of every rung goes on, however few stand there.
+        """
+        wanted = set(waiting)
+        for index in range(len(self.places)):
+            for trial_id in self._best_waiting(index, last_chance):
+                if trial_id in wanted:
+                    self._gone_on[index].add(trial_id)
+                    return trial_id
+        return None
+
+    def why_not(self, trial_id: str) -> str:
+        """Why a waiting trial is not trained any further."""
+        index = self._highest(trial_id)
+        scores = self._scores[index]
+        rank = 1 + sum(score > scores[trial_id] for score in scores.values())
+        return f"stopped at rung {self.places[index]:.2f}: rank {rank} of {len(scores)}, one in {self._eta} goes on"
+
+    def _highest(self, trial_id: str) -> int:
+        return max((index for index, scores in enumerate(self._scores) if trial_id in scores), default=-1)
+
+    def _best_waiting(self, index: int, last_chance: bool) -> list[str]:
+        scores = self._scores[index]
+        ranked = sorted((one for one in scores if math.isfinite(scores[one])), key=lambda one: (-scores[one], one))
+        passing = max(len(scores) // self._eta, int(last_chance))
+        return [one for one in ranked[:passing] if one not in self._gone_on[index]]
+
+
 def open_rungs(
-    settings: AshaSettings | NoSchedulerSettings, mode: Literal["min", "max"], warmup: float, thaw: float, horizon: int
+    settings: SchedulerSettings, mode: Literal["min", "max"], warmup: float, thaw: float, horizon: int
 ) -> Rungs:
-    """The empty rungs of a search; `warmup`, `thaw` and `horizon` as for `rung_places`. Raises UserError."""
-    if isinstance(settings, NoSchedulerSettings):
+    """The empty rungs of a search; `warmup`, `thaw` and `horizon` as for `rung_places`. Raises UserError.
+
+    Hyperband and PBT keep their own account within Ray: for them there are no rungs here.
+    """
+    if not isinstance(settings, AshaSettings):
         return Rungs((), 2, mode)
-    return Rungs(rung_places(settings, warmup, thaw, horizon), settings.eta, mode)
+    kind = Promotions if settings.on_rung == "pause" else Rungs
+    return kind(rung_places(settings, warmup, thaw, horizon), settings.eta, mode)

@@ -3,6 +3,8 @@
     runs/lsh/search.yaml                what is searched, with `when` and the command line worked in
     runs/lsh/trials/<id>/               one run folder per trial, as train.py makes it
     runs/lsh/trials/<id>/ended.json     how the trial ended; a trial without one is started (again) by the next search
+    runs/lsh/trials/<id>/faults.jsonl   deaths it was started again after, with their reasons
+    runs/lsh/proposed.jsonl             what a learning sampler (tpe) has proposed so far
     runs/lsh/best.yaml                  the winner, for train.py
 
 A trial's id is a hash of what it changes, so the same command finds its finished trials again.
@@ -12,6 +14,8 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +25,14 @@ from dstrain.loop import Course
 from dstrain.optim import warmup_steps
 from dstrain.readings import READINGS_FILE, Reading, amount, duration, read_readings
 from dstrain.run import hold, read_record, run_vocabulary, stage_corpus, write_whole
-from dstrain.rungs import History, NoSchedulerSettings, Rungs, early_cut, open_rungs
+from dstrain.rungs import History, NoSchedulerSettings, Rungs, early_cut, grace_of, open_rungs
 from dstrain.schema import UserError, dump_yaml, read_yaml, together
 from dstrain.settings import Document, RunSettings, SearchSettings, load_search, plain, run_settings
-from dstrain.space import Trial, apply, read_space, setting_named
+from dstrain.space import OpenSpace, Trial, apply, read_space, setting_named
 
 State = Literal["finished", "stopped", "failed"]
+FAULTS_FILE = "faults.jsonl"
+PROPOSED_FILE = "proposed.jsonl"
 
 
 @dataclass(frozen=True)
@@ -66,27 +72,54 @@ class Candidate:
         file = self.folder / "ended.json"
         return Ended(**read_record(file)) if file.exists() else None
 
+    @property
+    def state(self) -> str:
+        """In one word."""
+        ended = self.ended()
+        return ended.state if ended else "unfinished"
+
     def end(self, state: State, reason: str) -> Ended:
         """Writes down how it ended."""
         ended = Ended(state, reason)
         write_whole(self.folder / "ended.json", json.dumps(asdict(ended)))
         return ended
 
+    def fault(self, reason: str) -> None:
+        """Writes down a death after which it is started again."""
+        with (self.folder / FAULTS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), "reason": reason}) + "\n")
+
+    def faults(self) -> list[str]:
+        """The reasons of the deaths so far."""
+        file = self.folder / FAULTS_FILE
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return [str(json.loads(line)["reason"]) for line in lines]
+
+    @property
+    def configuration(self) -> str:
+        """Equal for trials that differ in their seed alone."""
+        return json.dumps({address: value for address, value in self.trial.overrides.items() if address != "seed"})
+
     def readings(self) -> list[Reading]:
         """All it has reported so far."""
         return read_readings(self.folder) if (self.folder / READINGS_FILE).exists() else []
 
 
-@dataclass(frozen=True)
+@dataclass
 class Search:
     """A planned search."""
 
     document: Document
     base: RunSettings
     settings: SearchSettings
-    candidates: tuple[Candidate, ...]
+    candidates: list[Candidate]
+    """In order; a learning sampler adds to them."""
     notes: tuple[str, ...]
     """What the planner wants to be known: constraints that left trials out, rungs that cut too early."""
+    space: OpenSpace | None = None
+    """Where a learning sampler proposes trials; None when all are known."""
+    exhausted: bool = False
+    """The sampler has nothing new to propose, though fewer trials than wanted are known."""
 
     @property
     def folder(self) -> Path:
@@ -99,13 +132,79 @@ class Search:
         stage, split, name = self.settings.metric.split("/")
         return stage, split, name
 
+    @property
+    def expected(self) -> int:
+        """Trials of the search proper, those included that are still to be proposed."""
+        known = len(self.candidates)
+        return known if self.space is None or self.exhausted else max(self.settings.trials or 0, known)
+
     def pending(self) -> list[Candidate]:
-        """Trials still to be run: those that have not ended, and those that failed."""
+        """Known trials still to be run: those that have not ended, and those that failed."""
         return [
             candidate
             for candidate in self.candidates
             if (ended := candidate.ended()) is None or ended.state == "failed"
         ]
+
+    def is_over(self) -> bool:
+        """Whether nothing is left to run, finalists included."""
+        return not self.pending() and len(self.candidates) == self.expected and not self.finals_to_run()
+
+    def adopt(self, said: Mapping[str, Any]) -> Candidate | None:
+        """Takes in a trial that a sampler proposed; None when it is known or not allowed.
+
+        `said` has a value for every axis of the space: the number of an option, or what was drawn.
+        """
+        assert self.space is not None
+        trial = self.space.trial(
+            {axis.key: axis.options[said[axis.key]] if axis.options else (said[axis.key],) for axis in self.space.axes}
+        )
+        if trial is None:
+            return None
+        candidate = candidate_of(self.document, self.base.folder, trial)
+        self.candidates.append(candidate)
+        if said not in self.proposed():
+            with (self.folder / PROPOSED_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(said) + "\n")
+        return candidate
+
+    def proposed(self) -> list[dict[str, Any]]:
+        """What a learning sampler has proposed so far, in its own words."""
+        file = self.folder / PROPOSED_FILE
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def finalists(self) -> list[list[Candidate]]:
+        """The best configurations, best first, each as its runs with several seeds; empty while the search proper runs."""
+        wanted = self.settings.finalists
+        searched = len(self.candidates) == self.expected and all(candidate.ended() for candidate in self.candidates)
+        if wanted is None or not searched:
+            return []
+        best: dict[str, Candidate] = {}
+        for row in sorted(self.rows(), key=lambda row: row.state != "finished"):  # stable: best first within each
+            if row.value is not None and not math.isnan(row.value) and row.state in ("finished", "stopped"):
+                best.setdefault(row.candidate.configuration, row.candidate)
+        return [self._with_seeds(candidate, wanted.seeds) for candidate in list(best.values())[: wanted.top]]
+
+    def _with_seeds(self, candidate: Candidate, count: int) -> list[Candidate]:
+        first = self.settings.seeds or (self.base.seed,)
+        seeds = [*first, *range(max(first) + 1, max(first) + 1 + count)][:count]
+        known = {one.settings.seed: one for one in self.candidates if one.configuration == candidate.configuration}
+        return [
+            known.get(seed)
+            or candidate_of(
+                self.document, self.base.folder, Trial(candidate.trial.number, {**candidate.trial.overrides, "seed": seed})
+            )
+            for seed in seeds
+        ]
+
+    def finals_to_run(self) -> list[Candidate]:
+        """Finalists' runs that have not come to their end."""
+        return [candidate for runs in self.finalists() for candidate in runs if candidate.state != "finished"]
+
+    def everyone(self) -> list[Candidate]:
+        """The trials of the search proper, and those that only the finals added."""
+        finals = [candidate for runs in self.finalists() for candidate in runs]
+        return list({candidate.id: candidate for candidate in (*self.candidates, *finals)}.values())
 
     def values(self, readings: Iterable[Reading]) -> list[tuple[int, int, float]]:
         """(step, total steps, value) of the deciding metric, in order."""
@@ -121,26 +220,43 @@ class Search:
             History(candidate.id, [(step / total, value) for step, total, value in self.values(candidate.readings())])
             for candidate in self.candidates
         )
-        return rungs, None if isinstance(scheduler, NoSchedulerSettings) else early_cut(
-            scheduler, warmup, thaw, horizon
-        )
+        return rungs, early_cut(scheduler, warmup, thaw, horizon)
+
+    def clock(self) -> tuple[int, int]:
+        """Of the deciding stage, in optimizer steps: the grace before which nothing is decided, and the whole length."""
+        scheduler = self.settings.scheduler
+        warmup, thaw, horizon = self._pace()
+        share = 0.0 if isinstance(scheduler, NoSchedulerSettings) else grace_of(scheduler, warmup, thaw, horizon)
+        return math.floor(share * horizon), horizon
 
     def _pace(self) -> tuple[float, float, int]:
         """Of the deciding stage: longest warm-up and latest thaw of any trial as shares, and its optimizer steps."""
         name = self.metric[0]
-        stages = [candidate.settings.stages[name] for candidate in self.candidates]
+        runs = [candidate.settings for candidate in self.candidates] or [self.base]
+        stages = [settings.stages[name] for settings in runs]
         horizon = stages[0].steps
         if horizon is None:
-            settings = self.candidates[0].settings
-            corpus = stage_corpus(stages[0], run_vocabulary(settings, _silent), _silent)
-            group = self.settings.resources.ranks * stages[0].accumulation
-            horizon = Course(corpus.splits["train"].lengths, stages[0], settings.seed, group).total_steps
+            corpus = stage_corpus(stages[0], run_vocabulary(runs[0], _silent), _silent)
+            group = self.settings.resources.num_ranks * stages[0].accumulation
+            horizon = Course(corpus.splits["train"].lengths, stages[0], runs[0].seed, group).total_steps
         warmup = max(warmup_steps(horizon, stage.optim) / horizon for stage in stages)
         thaw = max((stage.thaw_at for stage in stages if stage.num_frozen_layers), default=0.0)
         return warmup, thaw, horizon
 
+    def finals(self) -> list[Final]:
+        """The finalists that have come to their end with every seed, best mean first."""
+        found = []
+        for runs in self.finalists():
+            rows = [self.row(candidate) for candidate in runs]
+            if all(row.state == "finished" and row.value is not None for row in rows):
+                found.append(Final(runs[0], tuple(float(row.value) for row in rows if row.value is not None)))
+        return sorted(found, key=lambda final: final.mean, reverse=self.settings.mode == "max")
+
     def best(self) -> Candidate | None:
-        """The finished trial with the best metric; one that was stopped only if none finished."""
+        """The finalist with the best mean; without finalists the finished trial with the best metric; one that was
+        stopped only if none finished."""
+        if finals := self.finals():
+            return finals[0].candidate
         rows = [row for row in map(self.row, self.candidates) if row.value is not None and not math.isnan(row.value)]
         rows = [row for row in rows if row.state == "finished"] or [row for row in rows if row.state == "stopped"]
         return sorted(rows, key=self._order)[0].candidate if rows else None
@@ -154,15 +270,16 @@ class Search:
         stages = {reading.stage: reading for reading in training}
         seconds = sum(reading.seconds for reading in stages.values())
         tokens = sum(reading.tokens for reading in stages.values())
-        ended = candidate.ended()
+        ended, restarts = candidate.ended(), len(candidate.faults())
+        reason = ended.reason if ended else "the same command goes on with it"
         return Row(
             candidate=candidate,
             value=pick(values) if values else None,
             seconds=seconds,
             tokens_per_second=tokens / seconds if seconds else math.nan,
             peak_memory_gb=max((reading.values["peak_memory_gb"] for reading in training), default=math.nan),
-            state=ended.state if ended else "unfinished",
-            reason=ended.reason if ended else "the same command goes on with it",
+            state=candidate.state,
+            reason=reason + (f" ({restarts} restarts)" if restarts else ""),
         )
 
     def rows(self) -> list[Row]:
@@ -212,6 +329,24 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Final:
+    """A finalist: a configuration with the deciding metric of each of its seeds."""
+
+    candidate: Candidate
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds; 0 for one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+
+@dataclass(frozen=True)
 class Row:
     """A trial in the table."""
 
@@ -257,6 +392,18 @@ def table(search: Search) -> Any:
     return shown
 
 
+def finals_table(search: Search, finals: Sequence[Final]) -> Any:
+    """The finalists as a rich table, best mean first."""
+    from rich.table import Table
+
+    shown = Table(title=f"{search.base.name}: finalists at full length, best mean first", title_justify="left")
+    for heading in ("trial", search.settings.metric, "spread", "seeds"):
+        shown.add_column(heading, justify="left" if heading == "trial" else "right", overflow="fold")
+    for final in finals:
+        shown.add_row(final.candidate.changes, f"{final.mean:.4f}", f"{final.spread:.4f}", str(len(final.values)))
+    return shown
+
+
 # ----------------------------------------------------------------------------------------------- planning
 
 
@@ -274,25 +421,38 @@ def plan_search(document: Document) -> Search:
         tree = apply(document.base, overrides)
         return setting_named(run_settings(Document(document.source, tree, {}, None)), name, near)
 
-    trials, left_out = read_space(
-        document.space, document.source, named, trials=settings.trials, seed=settings.seed, seeds=settings.seeds,
-        constraints=settings.constraints,
-    )  # fmt: skip
-    folder = base.folder / "trials"
+    space: OpenSpace | None = None
+    trials: list[Trial] = []
+    left_out = 0
+    if settings.sampler == "tpe":
+        space = OpenSpace(document.space, document.source, named, settings.seed, settings.constraints)
+    else:
+        trials, left_out = read_space(
+            document.space, document.source, named, trials=settings.trials, seed=settings.seed, seeds=settings.seeds,
+            constraints=settings.constraints,
+        )  # fmt: skip
     candidates: list[Candidate] = []
     problems: dict[str, list[str]] = {}
     for trial in trials:
-        tree = apply(document.base, trial.overrides)
-        tree |= {"name": trial.id, "output_dir": str(folder)}
         try:
-            candidates.append(Candidate(trial, run_settings(Document(document.source, tree, {}, None))))
+            candidates.append(candidate_of(document, base.folder, trial))
         except UserError as error:
             for line in str(error).splitlines():
                 problems.setdefault(line, []).append(Candidate(trial, base).changes)
     if problems:
         raise UserError("\n".join(_in_trials(line, trials) for line, trials in problems.items()))
     notes = [f"search.constraints leave out {left_out} of {left_out + len(trials)} combinations"] if left_out else []
-    return Search(document, base, settings, tuple(candidates), tuple(notes))
+    search = Search(document, base, settings, candidates, tuple(notes), space)
+    for said in search.proposed() if space else ():
+        search.adopt(said)
+    return search
+
+
+def candidate_of(document: Document, folder: Path, trial: Trial) -> Candidate:
+    """A trial with the settings of its run, in the search's folder. Raises UserError when they do not go together."""
+    tree = apply(document.base, trial.overrides)
+    tree |= {"name": trial.id, "output_dir": str(folder / "trials")}
+    return Candidate(trial, run_settings(Document(document.source, tree, {}, None)))
 
 
 def _in_trials(sentence: str, trials: Sequence[str]) -> str:

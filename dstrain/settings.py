@@ -134,18 +134,56 @@ def _amount(value: Any) -> float | Literal["auto"]:
     raise ValueError(f"{value!r} is neither a number of 0 or more nor auto")
 
 
+def _count(value: Any) -> int | Literal["auto"]:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"{value!r} is neither a whole number of 1 or more nor auto")
+
+
 Amount = Annotated[float | Literal["auto"], PlainValidator(_amount)]
+Count = Annotated[int | Literal["auto"], PlainValidator(_count)]
 
 
 class ResourceSettings(Settings):
-    """What one trial takes."""
+    """What one trial takes, all its ranks together."""
 
-    ranks: int = setting(1, ge=1, unit="processes")
-    """Data-parallel processes of a trial."""
+    ranks: Count = "auto"
+    """Data-parallel processes of a trial; auto is one per GPU, or 1."""
     cpus: Amount = "auto"
-    """CPU cores of a rank; auto is 1, and with a GPU 4."""
+    """CPU cores; auto is 1 per rank, and with GPUs 4 per rank."""
     gpus: Amount = "auto"
-    """GPUs of a rank; auto is 1 where the machine has any."""
+    """GPUs; auto is one per rank where the machine has any. A part such as 0.5 lets trials of one rank share a GPU."""
+    nodes: Literal["any", "one"] = "any"
+    """Whether a trial's ranks may lie on several nodes: any takes what is free, one keeps them together."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of a trial, the same on every machine."""
+        if self.ranks != "auto":
+            return self.ranks
+        return 1 if self.gpus == "auto" else max(1, int(self.gpus))
+
+    @model_validator(mode="after")
+    def _a_gpu_each(self) -> ResourceSettings:
+        if self.ranks == "auto" or self.gpus == "auto" or self.gpus in (0, self.ranks):
+            whole = self.gpus == "auto" or self.gpus <= 1 or self.gpus == int(self.gpus)
+            if not whole:
+                raise ValueError(f"gpus is {self.gpus:g}; give whole GPUs, or a part of one such as 0.5")
+            return self
+        if self.ranks == 1 and self.gpus < 1:
+            return self
+        raise ValueError(
+            f"ranks is {self.ranks} and gpus {self.gpus:g}: a rank uses one GPU; leave ranks out, or give them alike"
+        )
+
+
+class FinalistSettings(Settings):
+    """Which configurations are run again at full length, once the search is over."""
+
+    top: int = setting(3, ge=1, unit="configurations")
+    """The best so many by the search's metric."""
+    seeds: int = setting(3, ge=1)
+    """Each runs with this many seeds, the base's and those after it; the mean decides."""
 
 
 class SearchSettings(Settings):
@@ -156,7 +194,9 @@ class SearchSettings(Settings):
     mode: Literal["min", "max"] = "max"
     """Whether a small or a large metric is good."""
     trials: int | None = setting(None, ge=1)
-    """Random samples to draw; a space of choices alone is a grid and needs none."""
+    """Samples to draw; a space of choices alone is a grid and needs none."""
+    sampler: Literal["random", "tpe"] = "random"
+    """How samples are drawn: random, or where earlier trials did well (tpe, through Ray and Optuna)."""
     seeds: tuple[int, ...] = ()
     """Every configuration runs once per seed; empty takes the base's seed."""
     seed: int = 0
@@ -164,13 +204,30 @@ class SearchSettings(Settings):
     constraints: tuple[str, ...] = ()
     """Expressions that every trial must satisfy, such as `hidden_size % num_heads == 0`."""
     scheduler: SchedulerSettings = AshaSettings()
-    """asha stops trials early; none runs all to the end."""
+    """asha stops trials early, or lets them wait (on_rung: pause); hyperband and pbt are Ray's; none runs all to the end."""
+    finalists: FinalistSettings | None = None
+    """The best configurations once more, at full length and with several seeds; null: none."""
     resources: ResourceSettings = ResourceSettings()
     """What one trial takes; as many run at once as fit."""
     max_concurrent: int | None = setting(None, ge=1, unit="trials")
     """Upper bound on trials at once, whatever fits."""
-    max_failures: int = setting(1, ge=0)
-    """How often a failed trial is started again, from its checkpoint."""
+    max_failures: int = setting(2, ge=0)
+    """How often a trial that died, hung or lost its node is started again, from its checkpoint."""
+    silence_minutes: float = setting(30.0, gt=0, unit="minutes")
+    """A trial that reports nothing for so long is taken for hung: its processes are ended and it counts as a failure."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> SearchSettings:
+        problems = []
+        if self.sampler == "tpe" and self.trials is None:
+            problems.append("sampler: tpe draws samples; say how many with trials")
+        if self.sampler == "tpe" and self.seeds:
+            problems.append("seeds: tpe tries every configuration once; give the best more seeds with finalists")
+        if self.sampler == "tpe" and self.scheduler.kind in ("hyperband", "pbt"):
+            problems.append(f"sampler: {self.scheduler.kind} needs all trials at its start; take asha or random")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
     @field_validator("metric")
     @classmethod

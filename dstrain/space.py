@@ -459,6 +459,26 @@ def read_space(
     return list(found.trials.values()), found.left_out
 
 
+class OpenSpace:
+    """A space whose trials are proposed one by one, by somebody who learns from the earlier ones."""
+
+    def __init__(
+        self, space: Mapping[str, Any], source: str, names: Names, seed: int = 0, constraints: Sequence[str] = ()
+    ) -> None:
+        """As for `read_space`, which raises the UserErrors: one random trial is made to find the mistakes."""
+        read_space(space, source, names, trials=1, seed=seed, constraints=constraints)
+        self.axes, _ = read_axes(space)
+        self._source = source
+        self._found = _Found(self.axes, names, constraints)
+
+    def trial(self, option_of: Mapping[str, tuple[Any, ...]]) -> Trial | None:
+        """The trial of one option per axis key; None when it is known already or breaks a constraint."""
+        new = self._found.add([[option_of[axis.key] for axis in self.axes]])
+        if self._found.problems:
+            raise complain(self._source, unique(self._found.problems))
+        return list(self._found.trials.values())[-1] if new else None
+
+
 def _sample(found: _Found, axes: Sequence[Axis], trials: int, seed: int) -> None:
     """Draws until there are `trials` samples that differ, or until there seem to be no more."""
     samples = 0

@@ -19,7 +19,9 @@ from dstrain.readings import JsonLines, Reading, read_readings
 from dstrain.schema import UserError, dump_yaml
 from dstrain.search import Search, plan_search
 from dstrain.settings import ResourceSettings, read_document
-from dstrain.tune import Needs, RankProcess, Room, main, write_failure
+from dstrain.tune.__main__ import main
+from dstrain.tune.resources import Needs, Room
+from dstrain.tune.trial import RankProcess, write_failure
 
 
 def search_file(corpus: Path, folder: Path, space: dict[str, Any], **changes: Any) -> Path:

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = [
     {"schema", "packed"},
     {"stopping", "readings", "evidence", "ledger", "ds_plan", "optim", "precision", "rungs", "space", "data", "model"},
-    {"metrics", "engine", "tracking"},
+    {"metrics", "engine", "tracking", "vitals"},
     {"objective"},
     {"loop"},
     {"settings"},
@@ -25,14 +25,21 @@ LEVELS = [
     {"consolidate"},
     {"card"},
     {"search", "export"},
-    {"desk", "predict"},
-    {"train", "tune"},
+    {"agenda", "preparation", "exchange", "pictures", "predict"},
+    {"desk"},
+    {"train", "tune", "data door"},
 ]
-OWNERS = {"deepspeed": "engine.py", "ray": "tune.py", "mlflow": "tracking.py"}
+OWNERS = {"deepspeed": "engine.py", "ray": "tune", "mlflow": "tracking.py"}
 
 
 def part(path: Path) -> str:
-    """`dstrain/data/files.py` belongs to `data`, `dstrain/run.py` to `run`."""
+    """`dstrain/data/files.py` belongs to `data`, `dstrain/run.py` to `run`.
+
+    `python -m dstrain.data` is a door that lies in a package of the lowest layers because of its name: it reads whole
+    runs and searches to find their text, of which no other file in data/ may know.
+    """
+    if path == PACKAGE / "data" / "__main__.py":
+        return "data door"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -81,17 +88,19 @@ def test_imports_point_down(path: Path) -> None:
 def test_each_framework_is_said_by_one_module(path: Path) -> None:
     for name in imports(path):
         owner = OWNERS.get(name.split(".")[0])
-        assert owner in (None, path.name), f"{path} imports {name}; only {owner} may"
+        assert owner in (None, path.name, part(path)), f"{path} imports {name}; only {owner} may"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_heavy_imports_are_late(path: Path) -> None:
+    if part(path) == "tune" and path.name != "__main__.py":
+        return  # the door imports these modules late, as a whole
     heavy = {"deepspeed", "ray", "mlflow", "datasets", "sklearn", "matplotlib", "transformers", "pandas"}
     assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & heavy
 
 
 def test_the_doors_import_nothing_but_the_standard_library_to_answer_help() -> None:
-    for door in ("train.py", "tune.py", "predict.py"):
+    for door in ("train.py", "tune/__main__.py", "predict.py", "data/__main__.py"):
         names = {name.split(".")[0] for name in imports(PACKAGE / door, top_level_only=True)}
         assert names <= set(sys.stdlib_module_names), names - set(sys.stdlib_module_names)
 

@@ -1,0 +1,195 @@
+"""The driver: Tune's loop around a search, the work it is given, and how it is interrupted."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune import Callback, Stopper
+from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from dstrain.agenda import Agenda
+from dstrain.desk import DIED, Desk
+from dstrain.rungs import PbtSettings
+from dstrain.search import Candidate, Search
+from dstrain.settings import plain
+from dstrain.tune.proposals import learn
+from dstrain.tune.resources import Needs, Room
+from dstrain.tune.schedulers import RungScheduler, Unpickled, mutable, name_of, ray_scheduler
+from dstrain.tune.trial import BELL, Bell, trial
+
+ROOM_SECONDS = 5.0
+"""So old may be what the driver believes of the cluster's room."""
+CARRIED = ("DSTRAIN_", "HF_", "NCCL_", "GLOO_", "OMP_", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR")
+"""Variables of the driver that every rank gets."""
+
+
+class Driver:
+    """Runs what is left of a search under Tune."""
+
+    def __init__(self, search: Search, needs: Needs, stop: threading.Event) -> None:
+        """`stop` is set from outside to have every trial save and the search end."""
+        self._search, self._needs, self._stop = search, needs, stop
+        self._grace_steps, _ = search.clock()
+
+    def run(self) -> bool:
+        """True when the search was interrupted before all trials ended."""
+        # On the driver's own node: where that ends, the search ends.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        bell = ray.remote(Bell).options(name=BELL, num_cpus=0, max_concurrency=100_000, scheduling_strategy=here).remote()
+        with Desk(self._search) as desk:
+            own = ray_scheduler(self._search, desk)
+            pending = self._search.pending()
+            if own is not None and pending and not self._stop.is_set():
+                plans = tune.grid_search([self._plan(candidate) for candidate in pending])
+                self._fit(desk, bell, own, param_space={"trial": plans})  # Ray's schedulers want all from the start
+            if not self._stop.is_set():
+                self._by_agenda(desk, bell)
+        return not self._search.is_over()
+
+    def _by_agenda(self, desk: Desk, bell: Any) -> None:
+        propose = learn(self._search) if self._search.space is not None else None
+        agenda = Agenda(self._search, desk.rungs, self._fits(), desk.dismissed, propose)
+        desk.agenda = agenda
+        self._fit(desk, bell, RungScheduler(desk), search_alg=Asking(agenda, self._plan))
+
+    def _fits(self) -> Callable[[], int]:
+        """How many trials fit, asked of the cluster now and then."""
+        seen = [-ROOM_SECONDS, 0]
+
+        def fits() -> int:
+            if time.monotonic() - seen[0] > ROOM_SECONDS:
+                room = Room.of_cluster().concurrent(self._needs, self._search.settings.max_concurrent)
+                seen[:] = [time.monotonic(), room]
+            return int(seen[1])
+
+        return fits
+
+    def _fit(self, desk: Desk, bell: Any, scheduler: Any, search_alg: Any = None, param_space: Any = None) -> None:
+        search, grid = self._search, search_alg is None
+        bundles = [{"CPU": 0.0}] + [self._needs.bundle] * self._needs.ranks
+        strategy = "STRICT_PACK" if self._needs.together else "PACK"
+        tuner = tune.Tuner(
+            tune.with_resources(trial, tune.PlacementGroupFactory(bundles, strategy=strategy)),
+            param_space=param_space,
+            tune_config=tune.TuneConfig(
+                metric="value", mode=search.settings.mode, scheduler=scheduler, search_alg=search_alg, reuse_actors=False,
+                num_samples=1 if grid else -1, max_concurrent_trials=search.settings.max_concurrent if grid else None,
+                trial_name_creator=name_of, trial_dirname_creator=_folder_name,
+            ),
+            run_config=tune.RunConfig(
+                name=time.strftime("%Y%m%d-%H%M%S"), storage_path=str((search.folder / "ray").resolve()), verbose=0,
+                callbacks=[Events(desk, bell, self._stop)], stop=Until(desk, self._stop),
+                failure_config=tune.FailureConfig(max_failures=search.settings.max_failures),
+            ),
+        )  # fmt: skip
+        with ThreadPoolExecutor(1, thread_name_prefix="tune") as thread:  # in the main thread Tune would take our signals
+            thread.submit(tuner.fit).result()
+
+    def _plan(self, candidate: Candidate) -> dict[str, Any]:
+        """All that a trial's actor needs, as plain data."""
+        search = self._search
+        plan = {
+            "id": candidate.id,
+            "run": dict(plain(candidate.settings)),
+            "source": search.document.source,
+            "metric": search.settings.metric,
+            "ranks": self._needs.ranks,
+            "bundle": self._needs.bundle,
+            "grace_steps": self._grace_steps,
+            "silence_seconds": 60 * search.settings.silence_minutes,
+            "environ": {name: value for name, value in os.environ.items() if name.startswith(CARRIED)},
+        }
+        exchanging = isinstance(search.settings.scheduler, PbtSettings)
+        return {**plan, "mutable": mutable(search, candidate)} if exchanging else plan
+
+
+def _folder_name(trial: Any) -> str:
+    """A folder of Tune's own for each start: a trial that waited on a rung starts more than once."""
+    return f"{name_of(trial)}-{trial.trial_id}"
+
+
+# ------------------------------------------------------------------------------------------- Tune's hooks
+
+
+class Asking(Unpickled, Searcher):
+    """Tune's view of the agenda."""
+
+    def __init__(self, agenda: Agenda, plan: Callable[[Candidate], dict[str, Any]]) -> None:
+        super().__init__()
+        self._agenda, self._plan = agenda, plan
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
+        """Nothing to set: the agenda knows what it searches."""
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        """Whom to start now: a plan, None for nobody just now, or that all is done."""
+        candidate = self._agenda.next()
+        if candidate is not None:
+            return {"trial": self._plan(candidate)}
+        return Searcher.FINISHED if self._agenda.is_over() else None
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """The desk is told by `Events`."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing to save: the search's folder is the state."""
+
+
+class Until(Unpickled, Stopper):
+    """Ends the loop of an interrupted search once every running trial has saved and gone."""
+
+    def __init__(self, desk: Desk, stop: threading.Event) -> None:
+        self._desk, self._stop = desk, stop
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is stopped on its own here."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all is over."""
+        return self._stop.is_set() and self._desk.idle
+
+
+class Events(Unpickled, Callback):
+    """Tune's events, told to the desk; when the search is asked to stop, the bell rings."""
+
+    def __init__(self, desk: Desk, bell: Any, stop: threading.Event) -> None:
+        self._desk, self._bell, self._stop = desk, bell, stop
+        self._rung = False
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Before every turn of Tune's loop."""
+        if self._stop.is_set() and not self._rung:
+            self._rung = True
+            self._desk.close()
+            self._bell.ring.remote()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """After every turn of Tune's loop."""
+        if self._rung:
+            self._desk.idle = not any(trial.status == "RUNNING" for trial in trials)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial's actor lives."""
+        self._desk.started(name_of(trial))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has returned, or was stopped."""
+        self._desk.ended(name_of(trial), None)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial died and is started again."""
+        self._desk.died(name_of(trial))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial died and is not started again."""
+        self._desk.ended(name_of(trial), DIED)
