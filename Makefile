@@ -2,11 +2,14 @@
 PYTHON ?= python3.11
 # The plain index build of torch may carry gigabytes of CUDA; a machine's own index decides. Name another build with TORCH=...
 TORCH ?= torch==2.13.0
+# A folder of wheels to install from instead of an index: what `make wheelhouse` filled where there is one.
+WHEELHOUSE ?=
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet $(if $(WHEELHOUSE),--no-index --find-links $(WHEELHOUSE))
 MARKS ?= not slow and not slurm and not gpu
 
-.PHONY: help setup tune test lint clean
+.PHONY: help setup wheelhouse tune test lint clean
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -15,16 +18,25 @@ setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable .
+	$(INSTALL) --upgrade pip
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --editable .
 	$(BIN)/python -m dstrain.engine
 	@touch $@
 
 # What only tests need: linters, the peers that benchmarks compare with, triton's interpreter.
 $(VENV)/tested: $(VENV)/ready
-	$(BIN)/pip install --quiet --editable ".[test,peers]"
+	$(INSTALL) --editable ".[test,peers]"
 	@touch $@
+
+## make wheelhouse   wheels for a machine without internet, in wheelhouse/; there: make setup WHEELHOUSE=wheelhouse
+wheelhouse: WHEELS = $(or $(WHEELHOUSE),wheelhouse)
+wheelhouse:
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip wheel --quiet --wheel-dir $(WHEELS) pip setuptools $(TORCH)
+	$(BIN)/pip wheel --quiet --wheel-dir $(WHEELS) --find-links $(WHEELS) $(firstword $(TORCH)) ".[test,peers]"
+	rm -f $(WHEELS)/dstrain-*.whl
+	@echo "$(WHEELS): $$(ls $(WHEELS) | wc -l) wheels; on the other machine: make setup WHEELHOUSE=$(WHEELS)"
 
 ## make tune    sets up and runs the LSH search on text that is already on this machine
 tune: setup
@@ -36,7 +48,7 @@ test: lint
 
 ## make lint    ruff and mypy
 lint: $(VENV)/tested
-	$(BIN)/ruff check dstrain tests benchmarks
+	$(BIN)/ruff check dstrain cluster tests benchmarks
 	$(BIN)/mypy --no-error-summary
 
 ## make clean   removes the virtual environment and what tools left behind (never runs/)
