@@ -29,9 +29,9 @@ READINGS_FILE = "readings.jsonl"
 class Reading:
     """Numbers of one moment of one stage, equal on every rank.
 
-    `stage` and `split` ("train", "valid", "test", "attention") name the source, `step` counts optimizer steps within the stage,
-    `tokens` real tokens of the stage so far over all ranks, `seconds` its training time so far. There is at most one
-    reading per (stage, split, step), and steps only grow.
+    `stage` and `split` ("train", "valid", "test", "attention", "system") name the source, `step` counts optimizer steps
+    within the stage, `tokens` real tokens of the stage so far over all ranks, `seconds` its training time so far. There
+    is at most one reading per (stage, split, step), and steps only grow.
     """
 
     stage: str
@@ -200,8 +200,8 @@ class Console:
         tapt      valid  400/1000  loss 2.291  accuracy 0.492
 
     `tok/s` is measured since the last line of the stage; a value called `x_gb` reads `x ... GB`, `x_seconds` a
-    duration, `x_share` a percentage; a name with a slash is a detail that is not shown. Plain text unless `stream` is a
-    terminal (NO_COLOR is honoured); `quiet` shows nothing.
+    duration, `x_share` a percentage; a name with a slash is a detail that is not shown, nor is the split "system". Plain
+    text unless `stream` is a terminal (NO_COLOR is honoured); `quiet` shows nothing.
     """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
@@ -211,7 +211,7 @@ class Console:
         self._last: dict[str, Reading] = {}
 
     def __call__(self, reading: Reading) -> None:
-        if self._quiet:
+        if self._quiet or reading.split == "system":
             return
         line = describe(reading, self._last.get(reading.stage))
         if reading.split == "train":

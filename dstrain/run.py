@@ -29,6 +29,7 @@ from dstrain.precision import Precision, choose
 from dstrain.readings import Reading, Report
 from dstrain.schema import Settings, UserError, dump_yaml, setting
 from dstrain.settings import ROOT, RunSettings, plain
+from dstrain.vitals import Vitals, with_vitals
 
 Say = Callable[[str], None]
 
@@ -70,6 +71,7 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
         if mine:
             leave_evidence(settings, vocabulary, ready, ranks)
     outcome, first_step, weights = Outcome(), 0, None
+    report = with_vitals(watch.report, Vitals(ranks.device, watch.say), ranks.gather)
     noted: set[str] = set()
     for name, stage in settings.stages.items():
         corpus, objective = ready[name].corpus, ready[name].objective
@@ -84,7 +86,7 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
             known = facts(task, precision, ranks)
             watch.tag(known)
             watch.say(f"{precision.reason}; attention: {task.encoder.kernel}")
-        progress = finished(site) or train(stage, ready[name], task, site, ranks, watch)
+        progress = finished(site) or train(stage, ready[name], task, site, ranks, report, watch.asked_to_stop)
         watch.tag(known | {"attention_kernel": task.encoder.kernel})  # what ran; before, what was expected
         weights = read_weights(site.folder / "best.safetensors")
         first_step += progress.step
@@ -105,12 +107,15 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
     return outcome
 
 
-def train(stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ranks, watch: Watch) -> Progress:
+def train(
+    stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ranks, report: Report,
+    asked_to_stop: Callable[[], bool],
+) -> Progress:  # fmt: skip
     """One stage on a DeepSpeed engine of its own."""
     optimizer = build_optimizer(groups(task, stage), stage.optim, ranks.device)
     engine = Engine(task, optimizer, ready.plan, ranks)
     try:
-        progress = fit(engine, ready.objective, ready.corpus, stage, ready.course, site, watch.report, watch.asked_to_stop)
+        progress = fit(engine, ready.objective, ready.corpus, stage, ready.course, site, report, asked_to_stop)
     finally:
         engine.close()
     with ranks.first() as mine:

@@ -306,7 +306,7 @@ class Promotions(Rungs):
     def waits(self, trial_id: str) -> bool:
         """Whether the trial stands on a rung from which it has not gone on."""
         index = self._highest(trial_id)
-        return index >= 0 and trial_id not in self._gone_on[index]
+        return index >= 0 and math.isfinite(self._scores[index][trial_id]) and trial_id not in self._gone_on[index]
 
     def promote(self, waiting: Iterable[str], last_chance: bool) -> str | None:
         """The waiting trial that goes on next, from the lowest rung that has one; None when none has earned it.

@@ -279,7 +279,7 @@ class Search:
             tokens_per_second=tokens / seconds if seconds else math.nan,
             peak_memory_gb=max((reading.values["peak_memory_gb"] for reading in training), default=math.nan),
             state=candidate.state,
-            reason=reason + (f" ({restarts} restarts)" if restarts else ""),
+            reason=reason + (f" (after {restarts} restart{'s' * (restarts > 1)})" if restarts else ""),
         )
 
     def rows(self) -> list[Row]:

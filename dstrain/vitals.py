@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from dstrain.readings import Say, say_aloud
+from dstrain.readings import Reading, Report, Say, say_aloud
 
 MEANS = frozenset({"gpu_utilisation"})
 """Figures of which a run has the mean over its ranks; of all others it has the sum."""
@@ -54,6 +55,20 @@ def summed(per_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
     shared = [name for name in per_rank[0] if all(name in figures for figures in per_rank)] if per_rank else []
     sums = {name: sum(figures[name] for figures in per_rank) for name in shared}
     return {name: value / len(per_rank) if name in MEANS else value for name, value in sums.items()}
+
+
+def with_vitals(report: Report, vitals: Vitals, gather: Callable[[Any], list[Any]]) -> Report:
+    """A Report that follows every training reading with one of split "system": what all ranks used since the last.
+
+    `gather` brings every rank's figures to every rank; all of them call the report.
+    """
+
+    def both(reading: Reading) -> None:
+        report(reading)
+        if reading.split == "train":
+            report(replace(reading, split="system", values=summed(gather(vitals.read()))))
+
+    return both
 
 
 # ------------------------------------------------------------------------------------------------- processes

@@ -14,6 +14,7 @@ from dstrain import settings as module
 from dstrain.schema import Settings, UserError, dump_yaml, flatten, parse_yaml, set_path, validate
 from dstrain.settings import (
     ROOT,
+    ResourceSettings,
     RunSettings,
     SearchSettings,
     load_run,
@@ -291,7 +292,42 @@ def test_resources_are_numbers_or_auto(write: Write) -> None:
     file = write({"search": {"metric": "finetune/valid/loss", "resources": {"cpus": 0.5}}})
     resources = load_search(read_document(file)).resources
     assert (resources.cpus, resources.gpus) == (0.5, "auto")
-    assert parse_yaml(dump_yaml(plain(resources)), "f") == {"ranks": 1, "cpus": 0.5, "gpus": "auto"}
+    assert parse_yaml(dump_yaml(plain(resources)), "f") == {"ranks": "auto", "cpus": 0.5, "gpus": "auto", "nodes": "any"}
+
+
+@pytest.mark.parametrize(("said", "ranks"), [({}, 1), ({"gpus": 2}, 2), ({"ranks": 3, "gpus": 0}, 3), ({"gpus": 0.5}, 1)])
+def test_a_trial_has_a_rank_per_gpu_unless_told(said: dict[str, Any], ranks: int) -> None:
+    assert validate(ResourceSettings, said, "f.yaml").num_ranks == ranks
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"ranks": 2, "gpus": 4}, "ranks is 2 and gpus 4: a rank uses one GPU; leave ranks out, or give them alike"),
+        ({"gpus": 1.5}, "gpus is 1.5; give whole GPUs, or a part of one such as 0.5"),
+        ({"ranks": 0}, "0 is neither a whole number of 1 or more nor auto"),
+        ({"nodes": "two"}, "'two' is not one of 'any' or 'one'"),
+    ],
+)
+def test_resources_that_cannot_be_are_sentences(said: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate(ResourceSettings, said, "f.yaml", prefix="search.resources.")
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("search", "sentence"),
+    [
+        ({"sampler": "tpe"}, "sampler: tpe draws samples; say how many with trials"),
+        ({"sampler": "tpe", "trials": 4, "seeds": [0, 1]}, "give the best more seeds with finalists"),
+        ({"sampler": "tpe", "trials": 4, "scheduler": {"kind": "pbt"}}, "pbt needs all trials at its start"),
+        ({"silence_minutes": 0}, "search.silence_minutes: must be greater than 0"),
+    ],
+)
+def test_parts_of_a_search_that_do_not_go_together(write: Write, search: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_search(read_document(write({"search": {"metric": "finetune/valid/loss", **search}})))
+    assert sentence in str(error.value)
 
 
 # --------------------------------------------------------------------------------------------- paths, plain

@@ -269,7 +269,7 @@ def test_explain_shows_every_setting(answer: Callable[..., Answer]) -> None:
         ("stages.finetune.optim.lr", ["stages.<name>.optim.lr"]),
         ("encoder.attention.num_hashes", ["encoder.attention<lsh>.num_hashes"]),
         ("encoder.attention<lsh>.num", ["encoder.attention<lsh>.num_hashes", "encoder.attention<lsh>.num_buckets"]),
-        ("search.resources", ["search.resources.ranks", "search.resources.cpus", "search.resources.gpus"]),
+        ("search.resources", [f"search.resources.{name}" for name in ("ranks", "cpus", "gpus", "nodes")]),
         ("stages.x.objective.pool", ["stages.<name>.objective<classify>.pooling", "stages.<name>.objective<classify>.pooler"]),
     ],
 )  # fmt: skip

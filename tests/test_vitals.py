@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from dstrain import vitals as module
-from dstrain.vitals import Gpu, Vitals, summed
+from dstrain.readings import Reading
+from dstrain.vitals import Gpu, Vitals, summed, with_vitals
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 BUSY = "import sys, time\nwhile time.process_time() < {}: pass\nprint('done', flush=True)\nsys.stdin.read()"
@@ -254,3 +255,13 @@ def test_a_sum_over_some_of_the_ranks_does_not_pass_for_one_over_all() -> None:
     assert summed([{"cpu_seconds": 1.0, "gpu_power_watts": 100.0}, {"cpu_seconds": 2.0}]) == {"cpu_seconds": 3.0}
     assert summed([{"cpu_seconds": 1.0}, {"cpu_seconds": 2.0, "gpu_power_watts": 1.0}]) == {"cpu_seconds": 3.0}
     assert summed([]) == {}
+
+
+def test_every_training_reading_is_followed_by_what_all_ranks_used() -> None:
+    told: list[Reading] = []
+    other = {"cpu_seconds": 100.0, "resident_gb": 1.0}
+    report = with_vitals(told.append, Vitals(torch.device("cpu")), lambda own: [own, other])
+    report(Reading("finetune", "train", 4, 8, 100, 1.0, {"loss": 2.0}))
+    report(Reading("finetune", "valid", 4, 8, 100, 1.0, {"loss": 2.0}))
+    assert [(reading.split, reading.step) for reading in told] == [("train", 4), ("system", 4), ("valid", 4)]
+    assert told[1].values["cpu_seconds"] >= 100.0 and told[1].values["resident_gb"] > 1.0

@@ -89,7 +89,7 @@ def _search(given: argparse.Namespace) -> int:
     if over:
         print(f"{search.folder}: all {len(search.candidates)} trials have ended")
     interrupted = not over and _run(search, needs)
-    close(search)
+    close(search, in_haste=interrupted)
     if interrupted:
         again = " ".join([str(given.file), *given.overrides])
         print(f"interrupted, and saved; go on with: python -m dstrain.tune {again}", file=sys.stderr)
@@ -126,8 +126,11 @@ def _dry_run(search: Search, needs: Needs, room: Room) -> int:
     return 0
 
 
-def close(search: Search) -> None:
-    """What a finished search shows: the table, the winner and how to train it again, the pages that compare the runs."""
+def close(search: Search, in_haste: bool = False) -> None:
+    """What a search shows when it ends: the table, the winner and how to train it again, the pages that compare the runs.
+
+    `in_haste`, because a time limit is near, leaves out the pictures.
+    """
     from rich.console import Console
 
     from dstrain.search import finals_table, table
@@ -136,7 +139,7 @@ def close(search: Search) -> None:
     console.print(table(search))
     if finals := search.finals():
         console.print(finals_table(search, finals))
-    for file in leave_evidence(search):
+    for file in [] if in_haste else leave_evidence(search):
         print(f"wrote:   {file}")
     best = search.write_best()
     if best:

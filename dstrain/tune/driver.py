@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -52,7 +53,8 @@ class Driver:
                 self._fit(desk, bell, own, param_space={"trial": plans})  # Ray's schedulers want all from the start
             if not self._stop.is_set():
                 self._by_agenda(desk, bell)
-        return not self._search.is_over()
+        unended = any(candidate.ended() is None for candidate in self._search.everyone())
+        return unended or (self._stop.is_set() and not self._search.is_over())
 
     def _by_agenda(self, desk: Desk, bell: Any) -> None:
         propose = learn(self._search) if self._search.space is not None else None
@@ -90,7 +92,9 @@ class Driver:
                 failure_config=tune.FailureConfig(max_failures=search.settings.max_failures),
             ),
         )  # fmt: skip
-        with ThreadPoolExecutor(1, thread_name_prefix="tune") as thread:  # in the main thread Tune would take our signals
+        # In the main thread Tune would take our signals. Its warnings are advice on what is done on purpose.
+        with ThreadPoolExecutor(1, thread_name_prefix="tune") as thread, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             thread.submit(tuner.fit).result()
 
     def _plan(self, candidate: Candidate) -> dict[str, Any]:

@@ -47,13 +47,13 @@ class RungScheduler(Unpickled, FIFOScheduler):
 
 def ray_scheduler(search: Search, desk: Desk) -> Any:
     """Ray's Hyperband or PBT; None for the kinds that rungs serve."""
-    settings, mode = search.settings.scheduler, search.settings.mode
+    settings = search.settings.scheduler
     grace, horizon = search.clock()
     if isinstance(settings, HyperbandSettings):
-        return Hyperband(settings, mode, horizon - grace, desk)
+        return Hyperband(settings, horizon - grace, desk)
     if isinstance(settings, PbtSettings):
         interval = settings.interval if isinstance(settings.interval, int) else settings.interval * horizon
-        return Pbt(settings, mode, max(1.0, interval), mutable_axes(search), desk)
+        return Pbt(settings, max(1.0, interval), mutable_axes(search), desk)
     return None
 
 
@@ -73,21 +73,20 @@ class Watched(Unpickled):
 class Hyperband(Watched, HyperBandScheduler):
     """Ray's, on a clock that starts at the grace."""
 
-    def __init__(self, settings: HyperbandSettings, mode: str, length: int, desk: Desk) -> None:
+    def __init__(self, settings: HyperbandSettings, length: int, desk: Desk) -> None:
         self.desk = desk
         super().__init__(
-            time_attr="credit", metric="value", mode=mode, max_t=max(1, length), reduction_factor=settings.eta,
-            stop_last_trials=False,
-        )  # fmt: skip
+            time_attr="credit", max_t=max(1, length), reduction_factor=settings.eta, stop_last_trials=False
+        )
 
 
 class Pbt(Watched, PopulationBasedTraining):
     """Ray's, but a trial that takes over another's weights and settings stays itself: its id and folder are its own."""
 
-    def __init__(self, settings: PbtSettings, mode: str, interval: float, axes: list[Axis], desk: Desk) -> None:
+    def __init__(self, settings: PbtSettings, interval: float, axes: list[Axis], desk: Desk) -> None:
         self.desk = desk
         super().__init__(
-            time_attr="credit", metric="value", mode=mode, perturbation_interval=interval, burn_in_period=1,
+            time_attr="credit", perturbation_interval=interval, burn_in_period=1,
             hyperparam_mutations={"trial": {"mutable": {axis.addresses[0]: _mutation(axis) for axis in axes}}},
             quantile_fraction=settings.quantile, resample_probability=settings.resample, log_config=False,
             custom_explore_fn=_bounded(axes),

@@ -1,0 +1,244 @@
+"""A search as its user runs it: a real Ray cluster, real DeepSpeed trials, a real MLflow store."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from searches import MARK, our_processes, search_file, tune
+
+from dstrain.exchange import settings_now
+from dstrain.readings import read_readings
+from dstrain.schema import read_yaml
+from dstrain.search import Ended, plan_search
+from dstrain.settings import read_document
+from dstrain.tune.__main__ import main
+
+
+def test_dry_run_trains_nothing(small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = search_file(small_corpus, tmp_path, {"stages.finetune.optim.lr": [1e-3, 2e-3]})
+    assert main([str(file), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "2 trials, " in said and "lr=0.001" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_is_one_sentence(small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = search_file(small_corpus, tmp_path, {"stages.finetune.optim.learning_rate": [1e-3, 2e-3]})
+    assert main([str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "stages.finetune.optim.learning_rate: no such setting" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_search_to_its_end_and_again(small_corpus: Path, tmp_path: Path) -> None:
+    """Two ranks a trial; one parent with a child per trial in MLflow; the second start runs nothing again."""
+    from mlflow import MlflowClient
+
+    file = search_file(small_corpus, tmp_path, {"stages.finetune.optim.lr": [1e-3, 4e-3], "seed": [0, 1]})
+    done = tune(file, "search.resources.ranks=2", "search.resources.cpus=1")
+    assert "4 of 4 trials to run" in done.stdout and "retrain: deepspeed dstrain/train.py" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 4 and len(runs) == 5
+    for child in children:
+        assert child.info.status == "FINISHED"
+        assert child.data.params["encoder.attention.kind"] == "sdpa"
+        assert (
+            child.data.tags["stop_reason"]
+            and child.data.tags["attention_kernel"]
+            and child.data.tags["world_size"] == "2"
+        )
+        assert {row.step for row in client.get_metric_history(child.info.run_id, "finetune/valid/f1_macro")} <= {4, 8}
+    time.sleep(3)
+    assert not our_processes()
+    again = tune(file, "search.resources.ranks=2", "search.resources.cpus=1")
+    assert "all 4 trials have ended" in again.stdout
+    wider = tmp_path / "wider.yaml"
+    wider.write_text(file.read_text().replace("- 0\n  - 1\n", "- 0\n  - 1\n  - 2\n"))
+    more = tune(wider, "search.resources.ranks=2", "search.resources.cpus=1")
+    assert "2 of 6 trials to run" in more.stdout
+    assert len(client.search_runs([parent.info.experiment_id])) == 7
+
+
+def begin(file: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A search in the background, in a process group of its own as a terminal would start it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dstrain.tune", str(file), *overrides],
+        cwd=ROOT, env=os.environ | MARK, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(what: Callable[[], object], searching: subprocess.Popen[str], seconds: float = 240) -> None:
+    """Until something has happened; a search that ends before is a failure."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert searching.poll() is None, searching.communicate()[0]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def weights_of(trials: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The kept weights of every trial's last stage."""
+    return {file.parents[2].name: load_file(file) for file in trials.glob("*/stages/finetune/best.safetensors")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGUSR1])
+def test_an_interrupted_search_saves_and_ends_bit_for_bit_as_an_undisturbed_one(
+    word: signal.Signals, small_corpus: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C or a time limit in the middle: exit status 75 and no process left; the same command ends all trials."""
+    space = {"stages.finetune.optim.lr": [1e-3, 4e-3]}
+    lasting = {"stages__finetune__steps": 300, "stages__finetune__report_every": 10, "name": "whole"}
+    file = search_file(small_corpus, tmp_path, space, **lasting)
+    options = ("search.scheduler.kind=none", "search.resources.ranks=2", "search.resources.cpus=1")
+    searching = begin(file, "name=cut", *options)
+    trials = tmp_path / "runs" / "cut" / "trials"
+
+    def under_way() -> bool:
+        return all((trials / name / "readings.jsonl").exists() for name in ids(file))
+
+    wait_for(under_way, searching)
+    if word == signal.SIGINT:
+        os.killpg(searching.pid, word)  # a terminal's Ctrl-C reaches every process of the search
+    else:
+        searching.send_signal(word)
+    said, _ = searching.communicate(timeout=120)
+    assert searching.returncode == 75, said
+    assert "asked to stop: every running trial saves" in said and "go on with: python -m dstrain.tune" in said
+    assert "Traceback" not in said
+    time.sleep(3)
+    assert not our_processes()
+    assert len(list(trials.glob("*/stages/finetune/checkpoint"))) == 2, "both have saved, before any evaluation"
+    tune(file, "name=cut", *options)
+    tune(file, *options)
+    cut, whole = weights_of(trials), weights_of(tmp_path / "runs" / "whole" / "trials")
+    assert cut.keys() == whole.keys() and len(cut) == 2
+    for name in cut:
+        assert all(torch.equal(cut[name][key], whole[name][key]) for key in whole[name])
+    for folder in trials.iterdir():
+        steps = [reading.step for reading in read_readings(folder) if reading.split == "valid"]
+        assert steps == sorted(set(steps))
+
+
+def ids(file: Path) -> list[str]:
+    """The trials of a search file."""
+    return [candidate.id for candidate in plan_search(read_document(file)).candidates]
+
+
+def ranks_of(trial: str) -> list[psutil.Process]:
+    """The rank processes of a trial: those that hold its log open."""
+    found = []
+    for process in our_processes():
+        with contextlib.suppress(psutil.Error):
+            if any(f"/{trial}/train.log" in file.path for file in process.open_files()):
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_trials_that_die_or_hang_go_on_from_their_checkpoints(small_corpus: Path, tmp_path: Path) -> None:
+    """One is killed, one stops in the middle and says nothing, one dies too often: each is told, the others do not care."""
+    file = search_file(
+        small_corpus, tmp_path, {"stages.finetune.optim.lr": [1e-3, 2e-3, 3e-3]}, stages__finetune__steps=200,
+        stages__finetune__checkpoint_every=20,
+    )  # fmt: skip
+    killed, silent, doomed = ids(file)
+    searching = begin(file, "search.scheduler.kind=none", "search.silence_minutes=0.3", "search.max_failures=1")
+    trials = tmp_path / "runs" / "tiny" / "trials"
+
+    def saved(name: str) -> bool:
+        return (trials / name / "stages/finetune/checkpoint").exists() and bool(ranks_of(name))
+
+    wait_for(lambda: saved(killed), searching)
+    ranks_of(killed)[0].kill()
+    wait_for(lambda: saved(silent), searching)
+    ranks_of(silent)[0].suspend()
+    for _ in range(2):
+        wait_for(lambda: saved(doomed), searching)
+        ranks_of(doomed)[0].kill()
+        wait_for(lambda: not ranks_of(doomed), searching)
+    said, _ = searching.communicate(timeout=300)
+    assert searching.returncode == 1, said
+    search = plan_search(read_document(file))
+    assert [candidate.state for candidate in search.candidates] == ["finished", "finished", "failed"], said
+    first, second, third = (candidate.faults() for candidate in search.candidates)
+    died = "a process died without a word (killed, or out of memory)"
+    assert (first, third) == ([died], [died])
+    assert second == ["Silent: reported nothing for 0.3 minutes (search.silence_minutes)"]
+    assert search.candidates[2].ended() == Ended("failed", died)
+    assert "Traceback" not in said and "finished (after 1 restart)" in said and "starts again from its checkpoint" in said
+    for candidate in search.candidates[:2]:
+        steps = [reading.step for reading in read_readings(candidate.folder) if reading.split == "train"]
+        assert steps == sorted(set(steps)) and steps[-1] == 200
+
+
+@pytest.mark.slow
+def test_a_learning_sampler_with_rungs_that_pause_and_finalists(small_corpus: Path, tmp_path: Path) -> None:
+    """What is proposed is kept, the second start proposes nothing more, and the best run again with more seeds."""
+    file = search_file(small_corpus, tmp_path, {"stages.finetune.optim.lr": {"log_uniform": [1e-4, 1e-2]}})
+    options = (
+        "search.trials=4", "search.sampler=tpe", "search.finalists={top: 1, seeds: 2}",
+        "search.scheduler={kind: asha, on_rung: pause, eta: 2, rungs: [0.5]}",
+    )  # fmt: skip
+    done = tune(file, *options)
+    search = plan_search(read_document(file, options))
+    assert len(search.candidates) == 4 and search.is_over()
+    assert sorted(candidate.state for candidate in search.candidates) == ["finished"] * 2 + ["stopped"] * 2
+    ((one, two),) = search.finalists()
+    assert [candidate.state for candidate in (one, two)] == ["finished"] * 2 and two.settings.seed == 1
+    assert "finalists at full length" in done.stdout and "waits" not in done.stdout
+    for name in ("trials.parquet", "parallel.png", "curves.png", "best.yaml"):
+        assert (search.folder / name).exists()
+    assert "all 4 trials have ended" in tune(file, *options).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scheduler", ["{kind: hyperband, grace: 2, eta: 2}", "{kind: pbt, interval: 2, grace: 2, quantile: 0.5}"]
+)
+def test_rays_own_schedulers(scheduler: str, small_corpus: Path, tmp_path: Path) -> None:
+    """Hyperband stops some and brings others to their end; PBT has the worst go on from the best, each in its own folder."""
+    file = search_file(
+        small_corpus, tmp_path, {"stages.finetune.optim.lr": {"log_uniform": [1e-4, 1e-2]}},
+        stages__finetune__evaluate_every_steps=2,
+    )  # fmt: skip
+    tune(file, "search.trials=3", f"search.scheduler={scheduler}")
+    search = plan_search(read_document(file, ("search.trials=3", f"search.scheduler={scheduler}")))
+    states = [candidate.state for candidate in search.candidates]
+    assert set(states) <= {"finished", "stopped"} and "finished" in states
+    exchanges = list(search.folder.glob("trials/*/exchanges.jsonl"))
+    if "pbt" in scheduler:
+        assert states == ["finished"] * 3 and exchanges
+        for exchange in exchanges:
+            rate = read_yaml(exchange.parent / "settings.yaml")["base"]["stages"]["finetune"]["optim"]["lr"]
+            assert rate == pytest.approx(settings_now(exchange.parent)["stages.finetune.optim.lr"])
+    for candidate in search.candidates:
+        steps = [reading.step for reading in read_readings(candidate.folder) if reading.split == "valid"]
+        assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+def test_a_failed_trial_is_told_and_the_others_go_on(small_corpus: Path, tmp_path: Path) -> None:
+    """An absurd learning rate diverges: the search ends the others, says so, exits with 1, and tries it again next time."""
+    file = search_file(small_corpus, tmp_path, {"stages.finetune.optim.lr": [1e-3, 1e30]})
+    done = tune(file, check=1)
+    assert "failed: Diverged: finetune: loss is not a number" in done.stdout
+    assert "finished" in done.stdout
+    assert "1 of 2 trials to run" in tune(file, check=1).stdout
