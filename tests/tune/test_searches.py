@@ -195,7 +195,7 @@ def test_a_learning_sampler_with_rungs_that_pause_and_finalists(small_corpus: Pa
     file = search_file(small_corpus, tmp_path, {"stages.finetune.optim.lr": {"log_uniform": [1e-4, 1e-2]}})
     options = (
         "search.trials=4", "search.sampler=tpe", "search.finalists={top: 1, seeds: 2}",
-        "search.scheduler={kind: asha, on_rung: pause, eta: 2, rungs: [0.5]}",
+        "search.scheduler={kind: asha, on_rung: pause, eta: 2, rungs: [0.5]}", "search.resources.cpus=0.5",
     )  # fmt: skip
     done = tune(file, *options)
     search = plan_search(read_document(file, options))
@@ -217,10 +217,11 @@ def test_rays_own_schedulers(scheduler: str, small_corpus: Path, tmp_path: Path)
     """Hyperband stops some and brings others to their end; PBT has the worst go on from the best, each in its own folder."""
     file = search_file(
         small_corpus, tmp_path, {"stages.finetune.optim.lr": {"log_uniform": [1e-4, 1e-2]}},
-        stages__finetune__evaluate_every_steps=2,
+        stages__finetune__evaluate_every_steps=2, stages__finetune__steps=16,
     )  # fmt: skip
-    tune(file, "search.trials=3", f"search.scheduler={scheduler}")
-    search = plan_search(read_document(file, ("search.trials=3", f"search.scheduler={scheduler}")))
+    options = ("search.trials=3", f"search.scheduler={scheduler}", "search.resources.cpus=0.5")
+    tune(file, *options)
+    search = plan_search(read_document(file, options))
     states = [candidate.state for candidate in search.candidates]
     assert set(states) <= {"finished", "stopped"} and "finished" in states
     exchanges = list(search.folder.glob("trials/*/exchanges.jsonl"))

@@ -88,7 +88,6 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.d
         return torch.empty(*shape, dtype=dtype, device=device)
     size, key = math.prod(shape), (name, dtype)
     if key not in _scratch.tensors or len(_scratch.tensors[key]) < size:
-        _scratch.tensors.pop(key, None)
         _scratch.tensors[key] = torch.empty(size, dtype=dtype)
     return _scratch.tensors[key][:size].view(*shape)
 

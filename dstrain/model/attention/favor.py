@@ -108,9 +108,9 @@ class Favor(nn.Module):
         """(T, H, D) of v's dtype."""
         settings, inputs = self.settings, (q_THD, k_THD, v_THD, self._scale(q_THD), self.projection_HMD, self.offset_HM)
         if q_THD.is_cuda:
-            from dstrain.model.attention import favor_triton  # triton takes a second to import
+            from dstrain.model.attention import favor_triton, triton_tools  # triton takes a second to import
 
-            obstacle = favor_triton.supported(q_THD, settings.nb_features)
+            obstacle = triton_tools.why_not(q_THD)
             self._program = "Triton" if obstacle is None else f"blocked PyTorch: {obstacle}"
             if obstacle is None:
                 return favor_triton.favor_attention(*inputs, sequences, settings.normalize_qk, settings.shift)
@@ -215,7 +215,7 @@ def spread(covariance_HDD: Tensor) -> Tensor:
 
 def _covariance(x_THD: Tensor, sequences: Sequences, normalize: bool) -> Tensor:
     """(H, D, D) fp64 on the CPU: how queries or keys vary around the mean of their document."""
-    x_THD = x_THD.detach().double().cpu()
+    x_THD = x_THD.double().cpu()
     if normalize:
         x_THD = unit(x_THD)[0]
     documents = x_THD.split(sequences.lengths)

@@ -41,21 +41,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dstrain.model.attention.triton_tools import (
-    device_of,
-    gradient_dtype,
-    jit,
-    launch,
-    load_rows,
-    pieces,
-    precision,
-    store_rows,
-    strides,
-    tl,
-    to_device,
-    why_not,
-    with_unit_stride,
-)  # fmt: skip
+from dstrain.model.attention import triton_tools
+from dstrain.model.attention.triton_tools import LOG2E, UNIT_EPS, Inputs, jit, load_rows, store_rows, strides, tl
 from dstrain.packed import Sequences
 
 Shift = Literal["none", "keys", "queries", "both"]
@@ -67,13 +54,6 @@ SEGMENT = 256
 """Tokens of a segment at least."""
 ROWS_AT_LEAST = 4096
 """Points of a wave of documents may take as many rows as there are tokens, and this many anyhow."""
-
-
-def supported(q_THD: Tensor, features: int) -> str | None:
-    """Why the kernels cannot take this; None: they can."""
-    if features < 1:
-        return f"there must be features, not {features}"
-    return why_not(q_THD)
 
 
 def favor_attention(
@@ -125,11 +105,11 @@ def _waves(sequences: Sequences, block: int, segments_together: int) -> tuple[_W
 def _wave(starts: np.ndarray, step: np.ndarray, block: int, device: torch.device) -> _Wave:
     tables, columns = [], [starts[:-1], starts[1:]]
     for size in (step, np.full_like(step, block)):
-        first, document = pieces(starts[:-1], starts[1:], size)
+        first, document = triton_tools.pieces(starts[:-1], starts[1:], size)
         tables.append(np.stack([first, np.minimum(first + size[document], starts[1:][document]), document], 1))
         counts = np.bincount(document, minlength=len(step))
         columns += [np.cumsum(counts) - counts, counts]
-    return _Wave(*to_device([*tables, np.stack(columns, 1)], device))
+    return _Wave(*triton_tools.to_device([*tables, np.stack(columns, 1)], device))
 
 
 # --------------------------------------------------------------------------------------------------- the kernels
@@ -140,7 +120,7 @@ def _factor(x, scale, NORMALIZE: tl.constexpr):
     """(rows) fp32: what makes the kernel's q or k of the given one."""
     square = tl.sum(x * x, 1)
     if NORMALIZE:
-        return scale * tl.rsqrt(square + 1e-6)
+        return scale * tl.rsqrt(square + UNIT_EPS)
     return square * 0.0 + scale
 
 
@@ -151,6 +131,21 @@ def _factor_backward(grad, x, factor, scale, NORMALIZE: tl.constexpr):
         unit = x * (factor / scale)[:, None]
         grad = grad - unit * tl.sum(unit * grad, 1)[:, None]
     return grad * factor[:, None]
+
+
+@jit
+def _block(blocks, block, ROWS: tl.constexpr):
+    """(rows) tokens of a block of rows, which of them exist, and their document."""
+    row = blocks + block * 3
+    token = tl.load(row) + tl.arange(0, ROWS)
+    return token, token < tl.load(row + 1), tl.load(row + 2)
+
+
+@jit
+def _masses(peaks, offsets, group, feature, features):
+    """(M) fp32: z in base 2; nothing past the last feature."""
+    peak = _load_vector(peaks, group, feature, features, float("-inf"))
+    return peak + _load_vector(offsets, group, feature, features, 0.0)
 
 
 @jit
@@ -268,7 +263,7 @@ def _points(
         centred = x.to(tl.float32) * factor[:, None] - shift[None, :]
         constant = tl.where(valid, -0.5 * tl.sum(centred * centred, 1), float("-inf"))
         scores = _feature_scores(high, low, x, PRECISION) * factor[None, :] + constant[None, :]
-        scores *= 1.4426950408889634  # log2(e), so that weights are powers of two
+        scores *= LOG2E  # so that weights are powers of two
         higher = tl.maximum(peak, tl.max(scores, 1))
         shrink = tl.exp2(peak - higher)
         weight = tl.exp2(scores - higher[:, None])
@@ -279,7 +274,7 @@ def _points(
     _store_vector(peaks, peak + tl.log2(total), group, feature, features)
     _store_matrix(values, attended / total[:, None], group, feature, features, D)
     if segment == tl.load(documents + document * 6 + 2):  # one of the document's segments tells what all know
-        _store_vector(offsets, offset * 1.4426950408889634, document * HEADS + head, feature, features)
+        _store_vector(offsets, offset * LOG2E, document * HEADS + head, feature, features)
 
 
 @jit
@@ -320,19 +315,17 @@ def _queries(
 ):  # fmt: skip
     """Program (block of rows, head): its queries attend to the document's points."""
     block, head = tl.program_id(0), tl.program_id(1)
-    token = tl.load(blocks + block * 3) + tl.arange(0, ROWS)
-    valid = token < tl.load(blocks + block * 3 + 1)
-    group = tl.load(blocks + block * 3 + 2) * HEADS + head
+    token, valid, document = _block(blocks, block, ROWS)
+    group = document * HEADS + head
     x = load_rows(q, token, valid, head, q_token, q_head, D)
-    factor = _factor(x.to(tl.float32), tl.load(scales + head), NORMALIZE) * 1.4426950408889634
+    factor = _factor(x.to(tl.float32), tl.load(scales + head), NORMALIZE) * LOG2E
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.full((ROWS,), 0.0, tl.float32)
     attended = tl.full((ROWS, D), 0.0, tl.float32)
     for first in range(0, features, TILE):
         feature = first + tl.arange(0, TILE)
         w = _load_matrix(weights, head, feature, features, D)
-        mass = _load_vector(peaks, group, feature, features, float("-inf"))
-        mass += _load_vector(offsets, group, feature, features, 0.0)
+        mass = _masses(peaks, offsets, group, feature, features)
         value = _load_matrix(values, group, feature, features, D)
         scores = _row_scores(x, w, PRECISION) * factor[:, None] + mass[None, :]
         higher = tl.maximum(peak, tl.max(scores, 1))
@@ -358,8 +351,7 @@ def _points_backward(
     start, stop = tl.load(segments + segment * 3), tl.load(segments + segment * 3 + 1)
     points = tl.load(segments + segment * 3 + 2) * HEADS + head
     scale = tl.load(scales + head)
-    mass = _load_vector(peaks, points, feature, features, float("-inf"))
-    mass += _load_vector(offsets, points, feature, features, 0.0)
+    mass = _masses(peaks, offsets, points, feature, features)
     high, low = _split(_load_matrix(weights, head, feature, features, D), q.dtype.element_ty)
     total = tl.full((TILE,), 0.0, tl.float32)
     gathered = tl.full((TILE, D), 0.0, tl.float32)
@@ -370,7 +362,7 @@ def _points_backward(
         dout = load_rows(grad, token, valid, head, grad_token, grad_head, D)
         o = load_rows(out, token, valid, head, HEADS * D, D, D)
         normalizer = tl.load(lse + token.to(tl.int64) * HEADS + head, mask=valid, other=float("inf"))
-        factor = _factor(x.to(tl.float32), scale, NORMALIZE) * 1.4426950408889634
+        factor = _factor(x.to(tl.float32), scale, NORMALIZE) * LOG2E
         scores = _feature_scores(high, low, x, PRECISION) * factor[None, :] + mass[:, None]
         weight = tl.exp2(scores - normalizer[None, :])
         total += tl.sum(weight * tl.sum(dout.to(tl.float32) * o.to(tl.float32), 1)[None, :], 1)
@@ -389,9 +381,7 @@ def _keys_backward(
 ):  # fmt: skip
     """Program (block of rows, head): dv and dk but for the shift's part; the sum of dk, and of k.dk for the scale."""
     block, head = tl.program_id(0), tl.program_id(1)
-    token = tl.load(blocks + block * 3) + tl.arange(0, ROWS)
-    valid = token < tl.load(blocks + block * 3 + 1)
-    document = tl.load(blocks + block * 3 + 2)
+    token, valid, document = _block(blocks, block, ROWS)
     group = document * HEADS + head
     scale = tl.load(scales + head)
     x = load_rows(k, token, valid, head, k_token, k_head, D)
@@ -411,7 +401,7 @@ def _keys_backward(
         dvalues = _load_matrix(grad_values, group, feature, features, D)
         peak = _load_vector(peaks, group, feature, features, float("inf"))
         e = _load_vector(along, group, feature, features, 0.0)
-        scores = (_row_scores(x, w, PRECISION) * factor[:, None] + constant[:, None]) * 1.4426950408889634
+        scores = (_row_scores(x, w, PRECISION) * factor[:, None] + constant[:, None]) * LOG2E
         weight = tl.exp2(scores - peak[None, :])
         dv = tl.dot(weight.to(GRAD), dvalues.to(GRAD), dv, input_precision=PRECISION)
         dscores = tl.dot(value.to(GRAD), tl.trans(dvalues.to(GRAD)), input_precision=PRECISION)
@@ -454,9 +444,8 @@ def _shift_to_keys(
 ):  # fmt: skip
     """Program (block of rows, head): adds the shift's part to dk, since s is known only after all of dk."""
     block, head = tl.program_id(0), tl.program_id(1)
-    token = tl.load(blocks + block * 3) + tl.arange(0, ROWS)
-    valid = token < tl.load(blocks + block * 3 + 1)
-    group = tl.load(blocks + block * 3 + 2) * HEADS + head
+    token, valid, document = _block(blocks, block, ROWS)
+    group = document * HEADS + head
     scale = tl.load(scales + head)
     x = load_rows(k, token, valid, head, k_token, k_head, D).to(tl.float32)
     shift = tl.load(grad_shift + group * D + tl.arange(0, D))[None, :] + x * 0.0
@@ -474,9 +463,8 @@ def _queries_backward(
 ):  # fmt: skip
     """Program (block of rows, head): dq, and the sum of q.dq for the scale."""
     block, head = tl.program_id(0), tl.program_id(1)
-    token = tl.load(blocks + block * 3) + tl.arange(0, ROWS)
-    valid = token < tl.load(blocks + block * 3 + 1)
-    group = tl.load(blocks + block * 3 + 2) * HEADS + head
+    token, valid, document = _block(blocks, block, ROWS)
+    group = document * HEADS + head
     scale = tl.load(scales + head)
     x = load_rows(q, token, valid, head, q_token, q_head, D)
     dout = load_rows(grad, token, valid, head, grad_token, grad_head, D)
@@ -489,10 +477,9 @@ def _queries_backward(
     for first in range(0, features, TILE):
         feature = first + tl.arange(0, TILE)
         w = _load_matrix(weights, head, feature, features, D)
-        mass = _load_vector(peaks, group, feature, features, float("-inf"))
-        mass += _load_vector(offsets, group, feature, features, 0.0)
+        mass = _masses(peaks, offsets, group, feature, features)
         value = _load_matrix(values, group, feature, features, D)
-        scores = _row_scores(x, w, PRECISION) * (factor * 1.4426950408889634)[:, None] + mass[None, :]
+        scores = _row_scores(x, w, PRECISION) * (factor * LOG2E)[:, None] + mass[None, :]
         weight = tl.exp2(scores - normalizer[:, None])
         dscores = tl.dot(dout.to(GRAD), tl.trans(value.to(GRAD)), input_precision=PRECISION)
         dscores = weight * (dscores - delta[:, None])
@@ -540,32 +527,24 @@ class _Points(NamedTuple):
     values_NHMD: Tensor
 
 
-class _Kernel:
+class _Kernel(Inputs):
     """The launches of one forward or backward pass."""
 
     def __init__(
         self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale_H: Tensor, weights_HMD: Tensor, bias_HM: Tensor,
         sequences: Sequences, normalize: bool, shift: Shift,
     ) -> None:  # fmt: skip
-        assert q_THD.dtype == k_THD.dtype == v_THD.dtype, "q, k and v have one dtype"
-        self.q, self.k, self.v = (with_unit_stride(x) for x in (q_THD, k_THD, v_THD))
+        super().__init__(q_THD, k_THD, v_THD)
         self.scale_H, self.bias_HM = scale_H.float().contiguous(), bias_HM.float().contiguous()
         self.weights_HMD = weights_HMD.float().contiguous()
-        tokens, self.heads, self.head_dim = q_THD.shape
-        self.features, self.dtype, self.device = weights_HMD.shape[1], q_THD.dtype, q_THD.device
-        self.sizes, self.normalize = _sizes(q_THD), normalize
+        self.features, self.sizes, self.normalize = weights_HMD.shape[1], _sizes(q_THD), normalize
         self.shift_keys, self.shift_queries = shift in ("keys", "both"), shift in ("queries", "both")
         self.shifted = shift != "none"
-        self.low = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
-        together = max(1, max(tokens, ROWS_AT_LEAST) // self.features)
+        together = max(1, max(self.tokens, ROWS_AT_LEAST) // self.features)
         self.waves = _waves(sequences, self.sizes.rows, together)
-        self.common = {"HEADS": self.heads, "D": self.head_dim}
-        self.exact = {"NORMALIZE": normalize, "PRECISION": precision(self.dtype), **launch(q_THD, self.sizes.warps)}
+        self.exact = {"NORMALIZE": normalize, "PRECISION": self.precision, **self.launch(self.sizes.warps)}
         self.by_segment = {"ROWS": self.sizes.segment_rows, "TILE": self.sizes.segment_features}
         self.by_block = {"ROWS": self.sizes.rows, "TILE": self.sizes.features}
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def feature_tiles(self) -> int:
         return -(-self.features // self.sizes.segment_features)
@@ -577,7 +556,7 @@ class _Kernel:
         if self.shifted:
             _sum_rows[segments, heads](
                 self.q, *strides(self.q), self.k, *strides(self.k), wave.segments_S3, sums_SHD,
-                ROWS=64, NORMALIZE=self.normalize, KEYS=self.shift_keys, QUERIES=self.shift_queries, **self.common,
+                ROWS=64, NORMALIZE=self.normalize, KEYS=self.shift_keys, QUERIES=self.shift_queries, **self.shape,
             )  # fmt: skip
         peak_SHM = self.empty(segments, heads, self.features)
         values_SHMD = self.empty(*peak_SHM.shape, self.head_dim, dtype=torch.float32 if wave.merges else self.dtype)
@@ -585,7 +564,7 @@ class _Kernel:
         _points[segments, heads, self.feature_tiles()](
             self.k, *strides(self.k), self.v, *strides(self.v), self.scale_H, self.weights_HMD, self.bias_HM, sums_SHD,
             wave.segments_S3, wave.documents_N6, peak_SHM, offset_NHM, values_SHMD, self.features,
-            SEGMENTS=SEGMENTS, SHIFTED=self.shifted, **self.common, **self.exact, **self.by_segment,
+            SEGMENTS=SEGMENTS, SHIFTED=self.shifted, **self.shape, **self.exact, **self.by_segment,
         )  # fmt: skip
         peak_NHM, values_NHMD = self.merged(wave, peak_SHM, values_SHMD, self.dtype, softmax=True)
         return _Points(sums_SHD, peak_NHM, offset_NHM, values_NHMD)
@@ -600,7 +579,7 @@ class _Kernel:
         values_NHMD = self.empty(*numbers_NHM.shape, self.head_dim, dtype=dtype)
         _merge[len(wave.documents_N6), self.heads, -(-self.features // 32)](
             values_SHMD, numbers_SHM, wave.documents_N6, values_NHMD, numbers_NHM, self.features,
-            TILE=32, SEGMENTS=SEGMENTS, SOFTMAX=softmax, **self.common,
+            TILE=32, SEGMENTS=SEGMENTS, SOFTMAX=softmax, **self.shape,
         )  # fmt: skip
         return numbers_NHM, values_NHMD
 
@@ -608,7 +587,7 @@ class _Kernel:
         """Queries attend to features."""
         _queries[len(wave.blocks_B3), self.heads](
             self.q, *strides(self.q), self.scale_H, self.weights_HMD, *points[1:], wave.blocks_B3, out_THD, lse_TH,
-            self.features, **self.common, **self.exact, **self.by_block,
+            self.features, **self.shape, **self.exact, **self.by_block,
         )  # fmt: skip
 
     def backward(
@@ -616,17 +595,17 @@ class _Kernel:
     ) -> Tensor:
         """Writes the wave's rows of dq, dk and dv; (H) the sum of q.dq + k.dk."""
         segments, blocks, documents, heads = *map(len, wave), self.heads
-        constants = {"GRAD": gradient_dtype(self.dtype), **self.common, **self.exact}
+        constants = {**self.gradient, **self.shape, **self.exact}
         around = grad_THD, *strides(grad_THD), out_THD, lse_TH, self.scale_H, self.weights_HMD
         along_SHM = self.empty(segments, heads, self.features)
         grad_points_SHMD = self.empty(
-            *along_SHM.shape, self.head_dim, dtype=torch.float32 if wave.merges else self.low
+            *along_SHM.shape, self.head_dim, dtype=torch.float32 if wave.merges else self.gradient_dtype
         )
         _points_backward[segments, heads, self.feature_tiles()](
             self.q, *strides(self.q), *around, *points[1:3], wave.segments_S3, grad_points_SHMD, along_SHM,
             self.features, **constants, **self.by_segment,
         )  # fmt: skip
-        along_NHM, grad_points_NHMD = self.merged(wave, along_SHM, grad_points_SHMD, self.low, softmax=False)
+        along_NHM, grad_points_NHMD = self.merged(wave, along_SHM, grad_points_SHMD, self.gradient_dtype, softmax=False)
 
         # rows of blocks of keys, of blocks of queries, of documents: summed at the end, always in this order
         grad_scale_XH = self.empty(2 * blocks + (documents if self.shifted else 0), heads)
@@ -641,12 +620,12 @@ class _Kernel:
         if self.shifted:
             _shift_backward[documents, heads](
                 points.sums_SHD, grad_sums_BHD, self.scale_H, wave.documents_N6, grad_shift_NHD,
-                grad_scale_XH[2 * blocks :], ROWS=64, SEGMENTS=SEGMENTS, **self.common,
+                grad_scale_XH[2 * blocks :], ROWS=64, SEGMENTS=SEGMENTS, **self.shape,
             )  # fmt: skip
         if self.shift_keys:
             _shift_to_keys[blocks, heads](
                 self.k, *strides(self.k), self.scale_H, wave.blocks_B3, grad_shift_NHD, grads[1],
-                ROWS=self.sizes.rows, NORMALIZE=self.normalize, **self.common,
+                ROWS=self.sizes.rows, NORMALIZE=self.normalize, **self.shape,
             )  # fmt: skip
         _queries_backward[blocks, heads](
             self.q, *strides(self.q), *around, *points[1:], wave.blocks_B3, grad_shift_NHD, grads[0],
@@ -663,7 +642,7 @@ class _FavorTriton(torch.autograd.Function):
         ctx: Any, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, scale_H: Tensor, weights_HMD: Tensor, bias_HM: Tensor,
         sequences: Sequences, normalize: bool, shift: Shift,
     ) -> Tensor:  # fmt: skip
-        with device_of(q_THD):
+        with triton_tools.device_of(q_THD):
             kernel = _Kernel(q_THD, k_THD, v_THD, scale_H, weights_HMD, bias_HM, sequences, normalize, shift)
             out_THD = kernel.empty(*v_THD.shape, dtype=v_THD.dtype)
             lse_TH = kernel.empty(*q_THD.shape[:2])
@@ -682,10 +661,10 @@ class _FavorTriton(torch.autograd.Function):
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, out_THD, lse_TH = ctx.saved_tensors[:8]
         kept = ctx.saved_tensors[8:]
-        with device_of(grad_THD):
+        with triton_tools.device_of(grad_THD):
             kernel = _Kernel(*inputs, *ctx.how)
             grads = [kernel.empty(*x.shape, dtype=x.dtype) for x in inputs[:3]]
-            grad_THD = with_unit_stride(grad_THD.to(kernel.dtype))
+            grad_THD = triton_tools.with_unit_stride(grad_THD.to(kernel.dtype))
             along_H = torch.zeros_like(kernel.scale_H)
             for wave in kernel.waves:
                 points = _Points(*kept) if kept else kernel.points(wave)

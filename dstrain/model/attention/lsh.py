@@ -112,9 +112,15 @@ class Lsh(nn.Module):
     ) -> tuple[Order, Order]:
         """Of queries and of keys."""
         rotations, settings = self.rotations(q_THD.device), self.settings
+
+        def order(x_THD: Tensor) -> Order:
+            found = sort(x_THD, rotations, sequences, settings)
+            # otherwise buckets have done their work in the sort: they are not read, so not kept
+            return found if settings.mask_within_chunks else Order(found.token_HRT, found.token_HRT)
+
         with torch.autocast(q_THD.device.type, enabled=False):
-            queries = sort(q_THD, rotations, sequences, settings)
-            return queries, queries if settings.shared_qk else sort(k_THD, rotations, sequences, settings)
+            queries = order(q_THD)
+            return queries, queries if settings.shared_qk else order(k_THD)
 
     def set_step(self, step: int) -> None:
         """The rotations of this step, for training; called between optimizer steps, so a recomputation hashes alike."""
@@ -416,8 +422,6 @@ class _LshAttention(torch.autograd.Function):
         ctx: Any, q_THD: Tensor, k_THD: Tensor | None, v_THD: Tensor, query_tokens: Tensor, query_buckets: Tensor,
         key_tokens: Tensor, key_buckets: Tensor, sequences: Sequences, settings: LshSettings,
     ) -> Tensor:  # fmt: skip
-        if not settings.mask_within_chunks:  # buckets have done their work in the sort: not read, not kept
-            query_buckets, key_buckets = query_tokens, key_tokens
         orders = Order(query_tokens, query_buckets), Order(key_tokens, key_buckets)
         out_THD = torch.empty(v_THD.shape, dtype=v_THD.dtype, device=v_THD.device)
         with torch.autocast(q_THD.device.type, enabled=False):

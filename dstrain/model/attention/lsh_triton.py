@@ -39,22 +39,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dstrain.model.attention import triton_tools
 from dstrain.model.attention.hashing import DIRECTIONS, Order, factors
-from dstrain.model.attention.triton_tools import (
-    device_of,
-    gradient_dtype,
-    jit,
-    launch,
-    load_rows,
-    pieces,
-    precision,
-    store_rows,
-    strides,
-    tl,
-    to_device,
-    why_not,
-    with_unit_stride,
-)  # fmt: skip
+from dstrain.model.attention.triton_tools import LOG2E, UNIT_EPS, Inputs, jit, load_rows, store_rows, strides, tl
 from dstrain.packed import Sequences
 
 if TYPE_CHECKING:
@@ -71,7 +58,7 @@ def supported(q_THD: Tensor, settings: LshSettings) -> str | None:
         return f"the kernels take chunk sizes that are powers of two from 16, not {chunk}"
     if settings.count_keys != "every_round":
         return "the kernels count a key once for every round"
-    return why_not(q_THD)
+    return triton_tools.why_not(q_THD)
 
 
 def lsh_attention(
@@ -92,33 +79,33 @@ def lsh_attention(
 def _tiles(sequences: Sequences, chunk: int, rows: int) -> Tensor:
     """(programs, 4): first place of its own, of its chunk, of its document, and the document's end."""
     starts = np.array(sequences.starts)
-    chunks, document = pieces(starts[:-1], starts[1:], chunk)
+    chunks, document = triton_tools.pieces(starts[:-1], starts[1:], chunk)
     stops = np.minimum(chunks + chunk, starts[1:][document])
-    tiles, in_chunk = pieces(chunks, stops, rows)
+    tiles, in_chunk = triton_tools.pieces(chunks, stops, rows)
     of_document = document[in_chunk]
     table = np.stack([tiles, chunks[in_chunk], starts[:-1][of_document], starts[1:][of_document]], 1)
-    return to_device([table], sequences.device)[0]
+    return triton_tools.to_device([table], sequences.device)[0]
 
 
 @lru_cache(maxsize=32)
 def _hash_blocks(sequences: Sequences, counts: tuple[int, ...], rows: int) -> Tensor:
     """(programs, 5): tokens from, tokens to, coarse and fine buckets, buckets of all documents before."""
     starts = np.array(sequences.starts)
-    first, document = pieces(starts[:-1], starts[1:], rows)
+    first, document = triton_tools.pieces(starts[:-1], starts[1:], rows)
     each = np.array([(*factors(count), before) for count, before in zip(counts, accumulate(counts, initial=0), strict=False)])
     stops = np.minimum(first + rows, starts[1:][document])
-    return to_device([np.column_stack([first, stops, each[document]])], sequences.device)[0]
+    return triton_tools.to_device([np.column_stack([first, stops, each[document]])], sequences.device)[0]
 
 
 def sort_tokens(x_THD: Tensor, rotations: Tensor, sequences: Sequences, settings: LshSettings) -> Order:
     """What `hashing.sort_tokens` gives, in one launch for all hashes and one sort; buckets have other numbers."""
-    x_THD = with_unit_stride(x_THD.detach())
+    x_THD = triton_tools.with_unit_stride(x_THD.detach())
     tokens, heads, head_dim = x_THD.shape
     rounds, counts = rotations.shape[2], tuple(map(settings.buckets_of, sequences.lengths))
     assert heads * rounds * sum(counts) < 2**31, "the sort's keys are int32"
     blocks = _hash_blocks(sequences, counts, 64)
     keys_HRT = torch.empty(heads, rounds, tokens, dtype=torch.int32, device=x_THD.device)
-    with device_of(x_THD):
+    with triton_tools.device_of(x_THD):
         _hash[len(blocks), heads](
             x_THD, *strides(x_THD), rotations.contiguous(), blocks, keys_HRT, rounds, tokens, sum(counts),
             D=head_dim, ROWS=64, DIRECTIONS=DIRECTIONS // 2, num_warps=4,
@@ -170,7 +157,7 @@ def _key_scales(k, k_token, k_head, scales, tokens, HEADS: tl.constexpr, D: tl.c
     """Program (rows, head): 1 / |k|."""
     token, head = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     x = load_rows(k, token, token < tokens, head, k_token, k_head, D).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
+    inverse = tl.rsqrt(tl.sum(x * x, 1) + UNIT_EPS)
     tl.store(scales + token.to(tl.int64) * HEADS + head, inverse, mask=token < tokens)
 
 
@@ -200,6 +187,26 @@ def _scale_of(scales, token, valid, head, HEADS: tl.constexpr, D: tl.constexpr, 
 
 
 @jit
+def _own_places(tiles, ROWS: tl.constexpr):
+    """(rows) places of this program and which of them exist; first place of their chunk, of their document, its end."""
+    tile = tiles + tl.program_id(0) * 4
+    place, stop = tl.load(tile) + tl.arange(0, ROWS), tl.load(tile + 3)
+    return place, place < stop, tl.load(tile + 1), tl.load(tile + 2), stop
+
+
+@jit
+def _window(chunk, start, stop, BACK: tl.constexpr, FORWARD: tl.constexpr, CHUNK: tl.constexpr):
+    """The first place of a chunk's window and its end."""
+    return tl.maximum(start, chunk - BACK * CHUNK), tl.minimum(stop, chunk + (1 + FORWARD) * CHUNK)
+
+
+@jit
+def _at(tokens, buckets, place, exists, OTHER: tl.constexpr):
+    """(places) the token and the bucket at each place of an order; bucket OTHER where there is none."""
+    return tl.load(tokens + place, mask=exists, other=0), tl.load(buckets + place, mask=exists, other=OTHER)
+
+
+@jit
 def _seen(
     query_place, key_place, valid, query_bucket, key_bucket, SHARED: tl.constexpr, WITHIN: tl.constexpr
 ):
@@ -223,12 +230,8 @@ def _attend(
 ):  # fmt: skip
     """Program (places, head): one round of its queries."""
     head, order = tl.program_id(1), (tl.program_id(1) * rounds + round_) * tokens
-    tile = tiles + tl.program_id(0) * 4
-    chunk, start, stop = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
-    place = tl.load(tile) + tl.arange(0, ROWS)
-    valid = place < stop
-    token = tl.load(query_tokens + order + place, mask=valid, other=0)
-    bucket = tl.load(query_buckets + order + place, mask=valid, other=-1)
+    place, valid, chunk, start, stop = _own_places(tiles, ROWS)
+    token, bucket = _at(query_tokens, query_buckets, order + place, valid, -1)
     x = load_rows(q, token, valid, head, q_token, q_head, D)
     if FIRST:
         peak = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -238,15 +241,14 @@ def _attend(
         attended = load_rows(so_far, token, valid, head, HEADS * D, D, D)
     total = tl.where(peak == float("-inf"), 0.0, 1.0)
 
-    last = tl.minimum(stop, chunk + (1 + FORWARD) * CHUNK)
-    for first in range(tl.maximum(start, chunk - BACK * CHUNK), last, COLUMNS):
+    foremost, last = _window(chunk, start, stop, BACK, FORWARD, CHUNK)
+    for first in range(foremost, last, COLUMNS):
         key_place = first + tl.arange(0, COLUMNS)
         exists = key_place < last
-        key_token = tl.load(key_tokens + order + key_place, mask=exists, other=0)
-        key_bucket = tl.load(key_buckets + order + key_place, mask=exists, other=-2)
+        key_token, key_bucket = _at(key_tokens, key_buckets, order + key_place, exists, -2)
         key = load_rows(k, key_token, exists, head, k_token, k_head, D)
         value = load_rows(v, key_token, exists, head, v_token, v_head, D)
-        scale = _scale_of(scales, key_token, exists, head, HEADS, D, NORMALIZE) * 1.4426950408889634
+        scale = _scale_of(scales, key_token, exists, head, HEADS, D, NORMALIZE) * LOG2E
         scores = tl.dot(x, tl.trans(key), input_precision=PRECISION) * scale[None, :]
         seen = _seen(
             place[:, None], key_place[None, :], exists[None, :], bucket[:, None], key_bucket[None, :], SHARED, WITHIN
@@ -301,28 +303,23 @@ def _backward(
     local = tl.program_id(1)
     head = first_head + local
     order = (head * rounds + round_) * tokens
-    tile = tiles + tl.program_id(0) * 4
-    chunk, start, stop = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
-    place = tl.load(tile) + tl.arange(0, ROWS)
-    valid = place < stop
+    place, valid, chunk, start, stop = _own_places(tiles, ROWS)
 
-    token = tl.load(query_tokens + order + place, mask=valid, other=0)
-    bucket = tl.load(query_buckets + order + place, mask=valid, other=-1)
+    token, bucket = _at(query_tokens, query_buckets, order + place, valid, -1)
     x = load_rows(q, token, valid, head, q_token, q_head, D)
     dout = load_rows(grad, token, valid, head, grad_token, grad_head, D).to(GRAD)
     normalizer = _of_row(lse, token, valid, head, HEADS, float("inf"))
     delta = _of_row(deltas, token, valid, head, HEADS, 0.0)
     dq = tl.full((ROWS, D), 0.0, tl.float32)
-    last = tl.minimum(stop, chunk + (1 + FORWARD) * CHUNK)
-    for first in range(tl.maximum(start, chunk - BACK * CHUNK), last, COLUMNS):
+    foremost, last = _window(chunk, start, stop, BACK, FORWARD, CHUNK)
+    for first in range(foremost, last, COLUMNS):
         key_place = first + tl.arange(0, COLUMNS)
         exists = key_place < last
-        key_token = tl.load(key_tokens + order + key_place, mask=exists, other=0)
-        key_bucket = tl.load(key_buckets + order + key_place, mask=exists, other=-2)
+        key_token, key_bucket = _at(key_tokens, key_buckets, order + key_place, exists, -2)
         key = load_rows(k, key_token, exists, head, k_token, k_head, D)
         value = load_rows(v, key_token, exists, head, v_token, v_head, D)
         scale = _scale_of(scales, key_token, exists, head, HEADS, D, NORMALIZE)
-        scores = tl.dot(x, tl.trans(key), input_precision=PRECISION) * (scale * 1.4426950408889634)[None, :]
+        scores = tl.dot(x, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)[None, :]
         seen = _seen(
             place[:, None], key_place[None, :], exists[None, :], bucket[:, None], key_bucket[None, :],
             SHARED, WITHIN,
@@ -334,24 +331,22 @@ def _backward(
     if not SHARED:
         _add(dq, q_so_far, grad_q, token, valid, head, local, HEADS, GROUP, D, FIRST, LAST)
 
-    token = tl.load(key_tokens + order + place, mask=valid, other=0)
-    bucket = tl.load(key_buckets + order + place, mask=valid, other=-2)
+    token, bucket = _at(key_tokens, key_buckets, order + place, valid, -2)
     key = load_rows(k, token, valid, head, k_token, k_head, D)
     value = load_rows(v, token, valid, head, v_token, v_head, D).to(GRAD)
     scale = _scale_of(scales, token, valid, head, HEADS, D, NORMALIZE)
     dk = tl.full((ROWS, D), 0.0, tl.float32)
     dv = tl.full((ROWS, D), 0.0, tl.float32)
-    last = tl.minimum(stop, chunk + (1 + BACK) * CHUNK)
-    for first in range(tl.maximum(start, chunk - FORWARD * CHUNK), last, COLUMNS):
+    foremost, last = _window(chunk, start, stop, FORWARD, BACK, CHUNK)
+    for first in range(foremost, last, COLUMNS):
         query_place = first + tl.arange(0, COLUMNS)
         asks = query_place < last
-        query_token = tl.load(query_tokens + order + query_place, mask=asks, other=0)
-        query_bucket = tl.load(query_buckets + order + query_place, mask=asks, other=-1)
+        query_token, query_bucket = _at(query_tokens, query_buckets, order + query_place, asks, -1)
         query = load_rows(q, query_token, asks, head, q_token, q_head, D)
         query_grad = load_rows(grad, query_token, asks, head, grad_token, grad_head, D).to(GRAD)
         query_sum = _of_row(lse, query_token, asks, head, HEADS, float("inf"))
         query_delta = _of_row(deltas, query_token, asks, head, HEADS, 0.0)
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * 1.4426950408889634)[:, None]
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2E)[:, None]
         seen = _seen(
             query_place[None, :], place[:, None], valid[:, None], query_bucket[None, :], bucket[:, None],
             SHARED, WITHIN,
@@ -390,32 +385,25 @@ def _sizes(x_THD: Tensor, chunk: int) -> _Sizes:
     return _Sizes(min(chunk, 64), 64 if x_THD.dtype == torch.bfloat16 else 32, 4 if x_THD.shape[2] <= 64 else 8)
 
 
-class _Kernel:
+class _Kernel(Inputs):
     """The launches of one forward or backward pass."""
 
     def __init__(
         self, q_THD: Tensor, k_THD: Tensor | None, v_THD: Tensor, orders: list[Tensor], sequences: Sequences,
         settings: LshSettings,
     ) -> None:  # fmt: skip
-        self.shared = k_THD is None
-        self.q, self.v = with_unit_stride(q_THD), with_unit_stride(v_THD)
-        self.k = self.q if k_THD is None else with_unit_stride(k_THD)
-        assert self.q.dtype == self.k.dtype == self.v.dtype, "q, k and v have one dtype"
-        self.tokens, self.heads, self.head_dim = q_THD.shape
-        self.orders, self.rounds, self.dtype, self.device = orders, settings.num_hashes, q_THD.dtype, q_THD.device
+        super().__init__(q_THD, q_THD if k_THD is None else k_THD, v_THD)
+        self.shared, self.orders, self.rounds = k_THD is None, orders, settings.num_hashes
         sizes = _sizes(q_THD, settings.chunk_size)
         self.tiles = _tiles(sequences, settings.chunk_size, sizes.rows)
         self.normalize = settings.normalize_keys
-        self.by_row = {"HEADS": self.heads, "D": self.head_dim, "ROWS": 64}
+        self.by_row = {"ROWS": 64, **self.shape}
         self.constants = {
-            "HEADS": self.heads, "D": self.head_dim, "ROWS": sizes.rows, "COLUMNS": sizes.columns,
+            "ROWS": sizes.rows, "COLUMNS": sizes.columns,
             "CHUNK": settings.chunk_size, "BACK": settings.look_back, "FORWARD": settings.look_forward,
             "NORMALIZE": self.normalize, "SHARED": self.shared, "WITHIN": settings.mask_within_chunks,
-            "PRECISION": precision(self.dtype), **launch(q_THD, sizes.warps),
+            "PRECISION": self.precision, **self.shape, **self.launch(sizes.warps),
         }  # fmt: skip
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def key_scales(self) -> Tensor:
         """(T, H) 1 / |k|, or nothing where keys are not normalised."""
@@ -469,8 +457,8 @@ class _Kernel:
             _backward[len(self.tiles), group](
                 self.q, *strides(self.q), self.k, *strides(self.k), self.v, *strides(self.v),
                 grad_THD, *strides(grad_THD), scales_TH, deltas_TH, lse_TH, *self.orders, self.tiles, *sums, *grads,
-                first_head, round_, self.rounds, self.tokens, GROUP=group, GRAD=gradient_dtype(self.dtype),
-                FIRST=round_ == 0, LAST=round_ == self.rounds - 1, **self.constants,
+                first_head, round_, self.rounds, self.tokens, GROUP=group,
+                FIRST=round_ == 0, LAST=round_ == self.rounds - 1, **self.gradient, **self.constants,
             )  # fmt: skip
 
 
@@ -482,10 +470,8 @@ class _LshTriton(torch.autograd.Function):
         ctx: Any, q_THD: Tensor, k_THD: Tensor | None, v_THD: Tensor, query_tokens: Tensor, query_buckets: Tensor,
         key_tokens: Tensor, key_buckets: Tensor, sequences: Sequences, settings: LshSettings,
     ) -> Tensor:  # fmt: skip
-        if not settings.mask_within_chunks:  # buckets have done their work in the sort: not read, not kept
-            query_buckets, key_buckets = query_tokens, key_tokens
         orders = [query_tokens, query_buckets, key_tokens, key_buckets]
-        with device_of(q_THD):
+        with triton_tools.device_of(q_THD):
             kernel = _Kernel(q_THD, k_THD, v_THD, orders, sequences, settings)
             scales_TH = kernel.key_scales()
             out_THD, lse_TH = kernel.forward(scales_TH)
@@ -497,8 +483,8 @@ class _LshTriton(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_THD, v_THD, *orders, out_THD, lse_TH, scales_TH = ctx.saved_tensors
-        with device_of(grad_THD):
+        with triton_tools.device_of(grad_THD):
             kernel = _Kernel(q_THD, k_THD, v_THD, orders, ctx.sequences, ctx.settings)
-            grad_THD = with_unit_stride(grad_THD.to(kernel.dtype))
+            grad_THD = triton_tools.with_unit_stride(grad_THD.to(kernel.dtype))
             grad_q, grad_k, grad_v = kernel.backward(grad_THD, out_THD, lse_TH, scales_TH)
         return grad_q, None if k_THD is None else grad_k, grad_v, None, None, None, None, None, None

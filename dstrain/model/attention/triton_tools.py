@@ -1,4 +1,5 @@
-"""What the Triton kernels share: rows of packed tensors, tables of work made on the host, and whether they can run here.
+"""What the Triton kernels share: rows of packed tensors, tables of work made on the host, what a pass of launches starts
+from, and whether they can run here.
 
 This file and the kernels import without triton; then `why_not` says so and nobody calls them. Set TRITON_INTERPRET=1
 before the first import and the same kernels run on a CPU, slowly, for tests.
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dstrain.model.attention import blocked
+
 try:
     import triton
     import triton.language as tl
@@ -23,6 +26,8 @@ except ImportError:
 HEAD_DIMS = (16, 32, 64, 128)
 """A head is one side of a tile: a power of two, at least the 16 that tensor cores multiply."""
 
+LOG2E, UNIT_EPS = (blocked.LOG2E, blocked.UNIT_EPS) if tl is None else map(tl.constexpr, (blocked.LOG2E, blocked.UNIT_EPS))
+"""What the plain kernels use, as Triton wants its constants."""
 
 CHANGING = ("tokens", "round_", "first_head", "buckets")
 """Numbers that differ from launch to launch. Triton would compile a kernel anew where one of them is 1 or divisible by 16;
@@ -64,6 +69,31 @@ def strides(x_THD: Tensor) -> tuple[int, int]:
     return x_THD.stride(0), x_THD.stride(1)
 
 
+class Inputs:
+    """Queries, keys and values as the kernels of a pass read them, and memory for what they write."""
+
+    def __init__(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor) -> None:
+        assert q_THD.dtype == k_THD.dtype == v_THD.dtype, "q, k and v have one dtype"
+        self.q, self.k, self.v = (with_unit_stride(x) for x in (q_THD, k_THD, v_THD))
+        self.tokens, self.heads, self.head_dim = q_THD.shape
+        self.dtype, self.device = q_THD.dtype, q_THD.device
+        self.shape = {"HEADS": self.heads, "D": self.head_dim}
+        self.precision = "ieee" if self.dtype == torch.float32 else "tf32"
+        """How tensor cores may round fp32 operands: not at all where the inputs are fp32."""
+        self.gradient_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        """What gradients are multiplied in. fp16 would lose small ones and overflow on sums of large ones: tf32 has its
+        mantissa and the range of fp32."""
+        self.gradient = {"GRAD": tl.bfloat16 if self.gradient_dtype == torch.bfloat16 else tl.float32}
+
+    def launch(self, warps: int) -> dict[str, int]:
+        """Warps of a program, and how many tiles a loop fetches ahead: as many as shared memory holds."""
+        return {"num_warps": warps, "num_stages": 3 if self.head_dim <= 64 else 2}
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory on their device."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+
 def to_device(tables: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """Integer tables as int32 on the device: one copy from pinned memory, which waits for nothing."""
     flat = torch.from_numpy(np.concatenate([table.astype(np.int32).ravel() for table in tables]))
@@ -79,22 +109,6 @@ def pieces(starts: np.ndarray, stops: np.ndarray, steps: np.ndarray | int) -> tu
     span = np.repeat(np.arange(len(starts)), counts)
     index = np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts)
     return starts[span] + index * np.broadcast_to(steps, starts.shape)[span], span
-
-
-def gradient_dtype(dtype: torch.dtype) -> Any:
-    """What gradients are multiplied in. fp16 would lose small ones and overflow on sums of large ones: tf32 has its
-    mantissa and the range of fp32."""
-    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How tensor cores may round fp32 operands: not at all where the inputs are fp32."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def launch(x_THD: Tensor, warps: int) -> dict[str, int]:
-    """Warps of a program, and how many tiles a loop fetches ahead: as many as shared memory holds."""
-    return {"num_warps": warps, "num_stages": 3 if x_THD.shape[2] <= 64 else 2}
 
 
 # Inside kernels: tokens are int64 before they meet a stride, since T * H * D passes 2^31 in long packed batches.

@@ -24,8 +24,9 @@ KINDS = typing.get_args(typing.get_args(AttentionSettings)[0])
 MORE = {  # small enough that a document of ten tokens already has several chunks, blocks and features fewer than tokens
     "sdpa": [{"backend": "reference"}],
     "favor": [
-        {"nb_features": 7, "center_queries": True, "projections": "fitted", "redraw_interval": 3},
+        {"nb_features": 7, "temperature": 2.0, "center_queries": True, "projections": "fitted", "redraw_interval": 3},
         {"nb_features": 6, "normalize_qk": False, "feature_norm": "chi", "center_keys": False, "redraw_interval": 2},
+        {"nb_features": 5, "normalize_qk": False, "center_queries": True, "antithetic": False},
     ],
     "lsh": [
         {"chunk_size": 4, "num_hashes": 3},
@@ -308,6 +309,11 @@ def test_equal_tokens_attend_finitely(case):
     torch.testing.assert_close(out, v, rtol=0, atol=1e-12)
     out.square().sum().backward()
     assert q.grad.isfinite().all() and v.grad.isfinite().all()
+
+
+@every_case
+def test_settings_say_whether_keys_are_queries(case):
+    assert isinstance(case.tied_qk, bool)
 
 
 @every_case

@@ -194,6 +194,14 @@ def test_fitting_looks_at_unit_vectors_where_the_kernel_does():
     torch.testing.assert_close(module.spread_HDD, other.spread_HDD, rtol=1e-4, atol=1e-4)
 
 
+def test_fitting_is_done_in_fp64_whatever_the_model_computes_in():
+    low = [x.bfloat16() for x in biased(1.0)[:2]]
+    module, other = (FavorSettings(nb_features=8, projections="fitted").build(4, 32, 0, 0) for _ in range(2))
+    module.adapt(*low, Sequences.of([256]))
+    other.adapt(*(x.double() for x in low), Sequences.of([256]))
+    assert torch.equal(module.spread_HDD, other.spread_HDD)
+
+
 def test_the_shift_is_named_after_whose_means_are_subtracted():
     named = {(c, q): FavorSettings(center_keys=c, center_queries=q).shift for c in (False, True) for q in (False, True)}
     assert list(named.values()) == ["none", "queries", "keys", "both"]
@@ -205,6 +213,18 @@ def test_isotropic_projections_do_not_adapt():
     before = module.projection_HMD.clone()
     module.adapt(q, k, Sequences.of([256]))
     assert torch.equal(module.projection_HMD, before) and module.offset_HM.abs().max() == 0
+
+
+def test_isotropic_projections_drawn_over_inherited_fitted_ones_count_alike():
+    q, k, _ = biased(1.0)
+    fitted = FavorSettings(nb_features=8, projections="fitted").build(4, 32, 0, 0)
+    fitted.adapt(q, k, Sequences.of([256]))
+    inherited = {name: value for name, value in fitted.state_dict().items() if name != "spread_HDD"}
+    module = FavorSettings(nb_features=8, redraw_interval=10).build(4, 32, 0, 0)
+    module.load_state_dict(inherited)
+    assert module.offset_HM.abs().max() > 0
+    module.set_step(10)
+    assert module.offset_HM.abs().max() == 0
 
 
 def error(features, scale, **more):

@@ -32,7 +32,9 @@ def times_seen(module, q, k, lengths):
     """(H, T, T): in how many rounds query i sees key j, by plain loops over heads, rounds and documents."""
     settings, sequences = module.settings, Sequences.of(lengths)
     counts = [settings.buckets_of(length) for length in lengths]
-    q_bucket, k_bucket = (hash_tokens(x, module.rotations(x.device), sequences, counts) for x in (q, k))
+    q_bucket = k_bucket = hash_tokens(q, module.rotations(q.device), sequences, counts)
+    if k is not q:
+        k_bucket = hash_tokens(k, module.rotations(k.device), sequences, counts)
     seen = torch.zeros(q.shape[1], len(q), len(q))
     for head, round_ in ((h, r) for h in range(q.shape[1]) for r in range(settings.num_hashes)):
         for start, length in zip(sequences.starts, lengths, strict=False):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstrain.model.attention import favor_triton, lsh, lsh_triton, triton_tools
+from dstrain.model.attention import lsh, lsh_triton, triton_tools
 from dstrain.model.attention.favor import FavorSettings
 from dstrain.packed import Sequences
 
@@ -45,10 +45,10 @@ def test_without_triton_the_kernels_import_and_say_why_they_cannot_run():
     code = """if True:
         import sys, torch
         sys.modules["triton"] = None
-        from dstrain.model.attention import favor_triton, lsh_triton
+        from dstrain.model.attention import favor_triton, lsh_triton, triton_tools
         from dstrain.model.attention.lsh import LshSettings
         q = torch.zeros(1, 1, 16)
-        print(favor_triton.supported(q, 8), lsh_triton.supported(q, LshSettings()), sep="|")
+        print(triton_tools.why_not(q), lsh_triton.supported(q, LshSettings()), sep="|")
     """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said == "triton is not installed|triton is not installed\n"
@@ -61,7 +61,7 @@ def test_what_the_kernels_cannot_take_has_a_reason(monkeypatch):
     gpu = type("Rows", (), {"device": torch.device("cuda"), "dtype": q.dtype, "shape": q.shape})()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     settings = lsh.LshSettings()
-    assert triton_tools.why_not(gpu) is favor_triton.supported(gpu, 256) is lsh_triton.supported(gpu, settings) is None
+    assert triton_tools.why_not(gpu) is lsh_triton.supported(gpu, settings) is None
     for chunk in (8, 48):
         assert f"not {chunk}" in lsh_triton.supported(gpu, lsh.LshSettings(chunk_size=chunk))
     assert "every round" in lsh_triton.supported(gpu, lsh.LshSettings(count_keys="once"))

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from dstrain.model.attention import favor_triton, hashing, lsh, lsh_triton
+from dstrain.model.attention import blocked, favor_triton, hashing, lsh, lsh_triton, triton_tools
 from dstrain.packed import Sequences
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 130]
@@ -87,9 +87,7 @@ def favor_truth(q, k, v, scale_H, weights_HMD, bias_HM, lengths, normalize, shif
     """The formulas, document by document, with all scores in memory."""
     outs = []
     for q_LHD, k_LHD, v_LHD in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-        queries, keys = (
-            (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) if normalize else x) for x in (q_LHD, k_LHD)
-        )
+        queries, keys = (blocked.unit(x)[0] if normalize else x for x in (q_LHD, k_LHD))
         queries, keys = ((x * scale_H[:, None]).transpose(0, 1) for x in (queries, keys))
         s = torch.zeros_like(keys[:, :1])
         if shift in ("keys", "both"):
@@ -112,7 +110,7 @@ def favor(lengths, normalize=True, shift="keys", features=24, heads=1):
     sequences = Sequences.of(lengths)
 
     def kernel(q, k, v, scale_H):
-        assert favor_triton.supported(q, features) is None
+        assert triton_tools.why_not(q) is None
         return favor_triton.favor_attention(q, k, v, scale_H, weights_HMD, bias_HM, sequences, normalize, shift)
 
     def truth(q, k, v, scale_H):
@@ -176,11 +174,8 @@ def lsh_kernels(lengths, heads=1, **how):
 
     def kernel(q, k, v):
         assert lsh_triton.supported(q, settings) is None
-        with torch.no_grad():
-            rotations = module.rotations(q.device)
-            queries = hashing.sort_tokens(q, rotations, sequences, settings)
-            keys = queries if shared else hashing.sort_tokens(k, rotations, sequences, settings)
-        return lsh_triton.lsh_attention(q, None if shared else k, v, queries, keys, sequences, settings)
+        orders = module._orders(hashing.sort_tokens, q, k, sequences)
+        return lsh_triton.lsh_attention(q, None if shared else k, v, *orders, sequences, settings)
 
     return kernel, lambda q, k, v: module(q, q if shared else k, v, sequences)
 
