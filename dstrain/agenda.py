@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from dstrain.rungs import Promotions, Rungs
 from dstrain.search import Candidate, Search
@@ -21,10 +21,11 @@ class Agenda:
 
     def __init__(
         self, search: Search, rungs: Rungs, fits: Callable[[], int], dismiss: Callable[[Candidate, str], None],
-        propose: Propose | None = None,
+        trials: Iterable[Candidate], propose: Propose | None = None,
     ) -> None:  # fmt: skip
+        """`trials` are the known ones still to be run; a sampler's come on top."""
         self._search, self._rungs, self._fits, self._dismiss, self._propose = search, rungs, fits, dismiss, propose
-        unended = search.pending()
+        unended = list(trials)
         waits = rungs.waits if isinstance(rungs, Promotions) else lambda trial_id: False
         self._waiting = {candidate.id: candidate for candidate in unended if waits(candidate.id)}
         self._new = deque(candidate for candidate in unended if candidate.id not in self._waiting)
@@ -86,5 +87,5 @@ class Agenda:
                 assert isinstance(self._rungs, Promotions)
                 self._dismiss(candidate, self._rungs.why_not(candidate.id))
             self._waiting.clear()
-            self._finals = deque(self._search.finals_to_run())
+            self._finals = deque(self._search.choose_finalists())
         return self._finals.popleft() if self._finals else None

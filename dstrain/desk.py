@@ -13,7 +13,7 @@ from dstrain.agenda import Agenda
 from dstrain.evidence import collect
 from dstrain.run import run_files
 from dstrain.rungs import Promotions
-from dstrain.search import Candidate, Ended, Search
+from dstrain.search import Candidate, Ended, Search, brief
 from dstrain.settings import ROOT, plain
 from dstrain.tracking import Status, TrackedRun, Tracker
 
@@ -36,6 +36,8 @@ class Desk:
         self.idle = False
         """Set by the driver once an interrupted search has nothing running any more."""
         self._closed = False
+        self._begun: set[str] = set()
+        """Trials that were started and have not ended since."""
         self._runs: dict[str, TrackedRun] = {}
         self._tags = collect(ROOT).tags()
         self._tracker: Tracker = search.base.tracking.open(search.base.output_dir)
@@ -60,10 +62,10 @@ class Desk:
         self._board.stop()
         search = self.search
         best = search.write_best()
-        for name, run in self._runs.items():
-            if self.candidate(name).ended() is None:
-                run.finish("KILLED", {"state": "interrupted"})
-        unfinished = search.expected - sum(candidate.ended() is not None for candidate in search.candidates)
+        for name in self._begun:
+            self._runs[name].finish("KILLED", {"state": "interrupted"})
+        ended = sum(candidate.ended() is not None for candidate in search.candidates)
+        unfinished = search.expected - ended + len(search.finals_to_run())
         kept = [search.folder / "search.yaml", *([best] if best else [])]
         self._parent.finish(
             "KILLED" if unfinished else "FINISHED",
@@ -89,6 +91,8 @@ class Desk:
         """A trial has its processes."""
         candidate = self.candidate(name)
         (candidate.folder / "failure.txt").unlink(missing_ok=True)  # of an earlier attempt
+        self.stopped.pop(name, None)  # a finalist may have been stopped before
+        self._begun.add(name)
         self._run(candidate)
         self._board.started(candidate)
 
@@ -117,7 +121,7 @@ class Desk:
 
     def exchanged(self, name: str, other: str, settings: dict[str, Any]) -> None:
         """PBT had a trial take over another's state, with these settings from now on."""
-        said = " ".join(f"{address.rpartition('.')[2]}={value:.4g}" for address, value in settings.items())
+        said = " ".join(f"{address.rpartition('.')[2]}={brief(value)}" for address, value in settings.items())
         self._run(self.candidate(name)).tag({f"exchange_at_{self._progress[name]:.2f}": f"from {other}, {said}"})
         self._board.say(f"{name} goes on from {other} with {said}")
 
@@ -140,10 +144,10 @@ class Desk:
             self._finish(candidate, candidate.end("finished", "finished"))
         elif name in self.stopped:
             self._finish(candidate, candidate.end("stopped", self.stopped[name]))
-        elif failure := self._failure(candidate):
+        elif failure := self._failure(candidate) or error:
+            if isinstance(self.rungs, Promotions):
+                self.rungs.forget(name)
             self._finish(candidate, candidate.end("failed", failure))
-        elif error is not None:
-            self._finish(candidate, candidate.end("failed", error))
         elif not self._closed and self._waits(name):
             waits = True
             self._board.paused(candidate)
@@ -159,6 +163,7 @@ class Desk:
         return file.read_text(encoding="utf-8").partition("\n")[0] if file.exists() else ""
 
     def _finish(self, candidate: Candidate, ended: Ended) -> None:
+        self._begun.discard(candidate.id)
         tags_file = candidate.folder / "tags.json"
         tags = json.loads(tags_file.read_text()) if tags_file.exists() else {}
         status: Status = "FAILED" if ended.state == "failed" else "FINISHED"

@@ -445,9 +445,11 @@ class Meter:
 
     def restore(self, unreported: dict[str, Any]) -> None:
         """Goes on counting where `unreported` was asked."""
-        own = unreported["sums"][self._engine.ranks.rank]
+        ranks, sums = self._engine.ranks, torch.tensor(unreported["sums"], dtype=torch.float64)
+        if len(sums) != ranks.world:  # saved by another number of ranks: the first one takes all
+            sums = torch.stack([sums.sum(0), *[torch.zeros_like(sums[0])] * (ranks.world - 1)])
         self._reported = Progress(**unreported["since"])
-        self.tally.sums += torch.tensor(own, dtype=torch.float64, device=self.tally.sums.device)
+        self.tally.sums += sums[ranks.rank].to(self.tally.sums.device)
         self._seconds = unreported["seconds"]
 
     @contextmanager

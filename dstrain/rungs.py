@@ -321,6 +321,12 @@ class Promotions(Rungs):
                     return trial_id
         return None
 
+    def forget(self, trial_id: str) -> None:
+        """A trial has failed: its place on the rungs is free for another."""
+        for scores, gone_on in zip(self._scores, self._gone_on, strict=True):
+            scores.pop(trial_id, None)
+            gone_on.discard(trial_id)
+
     def why_not(self, trial_id: str) -> str:
         """Why a waiting trial is not trained any further."""
         index = self._highest(trial_id)

@@ -118,6 +118,8 @@ class Search:
     """What the planner wants to be known: constraints that left trials out, rungs that cut too early."""
     space: OpenSpace | None = None
     """Where a learning sampler proposes trials; None when all are known."""
+    chosen: list[list[Candidate]] | None = None
+    """The finalists, once their turn has come: a final that fails does not let another one in."""
     exhausted: bool = False
     """The sampler has nothing new to propose, though fewer trials than wanted are known."""
 
@@ -175,6 +177,8 @@ class Search:
 
     def finalists(self) -> list[list[Candidate]]:
         """The best configurations, best first, each as its runs with several seeds; empty while the search proper runs."""
+        if self.chosen is not None:
+            return self.chosen
         wanted = self.settings.finalists
         searched = len(self.candidates) == self.expected and all(candidate.ended() for candidate in self.candidates)
         if wanted is None or not searched:
@@ -196,6 +200,11 @@ class Search:
             )
             for seed in seeds
         ]
+
+    def choose_finalists(self) -> list[Candidate]:
+        """Settles who the finalists are; returns those of their runs that have not come to their end."""
+        self.chosen = self.finalists()
+        return self.finals_to_run()
 
     def finals_to_run(self) -> list[Candidate]:
         """Finalists' runs that have not come to their end."""
@@ -295,7 +304,8 @@ class Search:
         best = self.best()
         if best is None:
             return None
-        tree = {**plain(best.settings), "name": f"{self.base.name}-best", "output_dir": str(self.base.output_dir)}
+        settings = run_settings_in(best.folder) or plain(best.settings)  # PBT may have changed them on the way
+        tree = {**settings, "name": f"{self.base.name}-best", "output_dir": str(self.base.output_dir)}
         file = self.folder / "best.yaml"
         write_whole(
             file,
@@ -441,11 +451,29 @@ def plan_search(document: Document) -> Search:
                 problems.setdefault(line, []).append(Candidate(trial, base).changes)
     if problems:
         raise UserError("\n".join(_in_trials(line, trials) for line, trials in problems.items()))
+    _can_pause(document, settings, [candidate.settings for candidate in candidates] or [base])
     notes = [f"search.constraints leave out {left_out} of {left_out + len(trials)} combinations"] if left_out else []
     search = Search(document, base, settings, candidates, tuple(notes), space)
     for said in search.proposed() if space else ():
         search.adopt(said)
     return search
+
+
+def _can_pause(document: Document, settings: SearchSettings, runs: Sequence[RunSettings]) -> None:
+    """Raises UserError where trials would be paused or exchanged at evaluations that write no checkpoint."""
+    scheduler, stage = settings.scheduler, settings.metric.partition("/")[0]
+    pauses = scheduler.kind in ("hyperband", "pbt") or getattr(scheduler, "on_rung", "") == "pause"
+    if pauses and any(run.stages[stage].checkpoint_every for run in runs):
+        raise UserError(
+            f"{document.source}: stages.{stage}.checkpoint_every: trials wait at their evaluations and go on from the "
+            f"checkpoint made there; leave it out, or take a scheduler that does not pause"
+        )
+
+
+def run_settings_in(folder: Path) -> dict[str, Any] | None:
+    """The settings that a run folder was last trained with; None before it was."""
+    file = folder / "settings.yaml"
+    return dict(read_yaml(file)["base"]) if file.exists() else None
 
 
 def candidate_of(document: Document, folder: Path, trial: Trial) -> Candidate:

@@ -225,6 +225,8 @@ class SearchSettings(Settings):
             problems.append("seeds: tpe tries every configuration once; give the best more seeds with finalists")
         if self.sampler == "tpe" and self.scheduler.kind in ("hyperband", "pbt"):
             problems.append(f"sampler: {self.scheduler.kind} needs all trials at its start; take asha or random")
+        if self.finalists and self.scheduler.kind == "pbt":
+            problems.append("finalists: pbt changes settings on the way, so none are left to run again; leave it out")
         if problems:
             raise ValueError("\n".join(problems))
         return self

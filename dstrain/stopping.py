@@ -14,6 +14,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 def stop_on_signals(answer: str) -> threading.Event:
     """An event that SIGTERM, SIGUSR1 and SIGINT set, answering with a sentence; a second one ends the process at once."""
     stop = threading.Event()
+    answer_signals(stop, answer)
+    return stop
+
+
+def answer_signals(stop: threading.Event, answer: str) -> None:
+    """Has the signals set `stop`, also where a library has meanwhile put handlers of its own on them."""
 
     def handle(number: int, frame: object) -> None:
         if stop.is_set():
@@ -23,7 +29,6 @@ def stop_on_signals(answer: str) -> threading.Event:
 
     for number in SIGNALS:
         signal.signal(number, handle)
-    return stop
 
 
 def leave_on_signals(sentence: str) -> None:

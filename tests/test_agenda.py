@@ -49,7 +49,7 @@ class Player:
     def __init__(self, search: Search, slots: int, seed: int = 0, **given: Any) -> None:
         self.search, self.rungs = search, search.rungs()[0]
         self.dismissed: dict[str, str] = {}
-        self.agenda = Agenda(search, self.rungs, lambda: slots, self._dismiss, **given)
+        self.agenda = Agenda(search, self.rungs, lambda: slots, self._dismiss, search.pending(), **given)
         self.running: list[Candidate] = []
         self.most_running = 0
         self.started: Counter[str] = Counter()
@@ -226,3 +226,27 @@ def test_rungs_that_stop_have_nobody_waiting(planned: Any) -> None:
     assert type(player.rungs) is Rungs
     player.play()
     assert not player.agenda._waiting and not player.dismissed
+
+
+def test_a_final_that_fails_lets_nobody_else_in(planned: Any) -> None:
+    search = planned(3, scheduler={"kind": "none"}, finalists={"top": 1, "seeds": 2})
+    player = Player(search, slots=1)
+    player.play()
+    ((first, second),) = search.finalists()
+    first.end("failed", "out of memory")
+    assert search.finalists() == [[first, second]] and search.finals() == []
+    assert first in search.everyone() and len(search.everyone()) == 4
+
+
+def test_a_failed_trial_gives_its_place_on_the_rungs_back(planned: Any) -> None:
+    """The promoted one dies for good: with few trials nobody would reach the end if its place stayed taken."""
+    search = planned(3, scheduler={**PAUSE, "eta": 3, "rungs": [0.25]})
+    player = Player(search, slots=1)
+    player.play(reports=3)
+    doomed = player.agenda.next()
+    assert doomed is search.candidates[-1]
+    doomed.end("failed", "out of memory")
+    player.rungs.forget(doomed.id)  # type: ignore[attr-defined]
+    player.agenda.returned(doomed)
+    player.play()
+    assert [candidate.state for candidate in search.candidates] == ["stopped", "finished", "failed"]

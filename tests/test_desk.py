@@ -112,7 +112,7 @@ def test_a_death_is_kept_with_its_reason_and_shown(desk: Desk, capsys: pytest.Ca
 
 
 def told_by(desk: Desk) -> Agenda:
-    agenda = Agenda(desk.search, desk.rungs, lambda: 9, desk.dismissed)
+    agenda = Agenda(desk.search, desk.rungs, lambda: 9, desk.dismissed, desk.search.pending())
     desk.agenda = agenda
     return agenda
 

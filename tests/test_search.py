@@ -99,6 +99,12 @@ def test_constraints_leave_trials_out_and_it_is_noted(plan: Plan) -> None:
     assert search.notes == ("search.constraints leave out 1 of 4 combinations",)
 
 
+@pytest.mark.parametrize("scheduler", [{"kind": "asha", "on_rung": "pause"}, {"kind": "hyperband"}, {"kind": "pbt"}])
+def test_trials_that_pause_need_a_checkpoint_at_every_evaluation(plan: Plan, scheduler: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"stages\.finetune\.checkpoint_every: trials wait at their evaluations"):
+        plan({"scheduler": scheduler}, stages__finetune__checkpoint_every=5)
+
+
 def test_expressions_follow_the_trial(plan: Plan) -> None:
     search = plan(space={"encoder.num_layers": [1, 2], "encoder.intermediate_size": {"expr": "16 * num_layers"}})
     assert [c.settings.encoder.intermediate_size for c in search.candidates] == [16, 32]

@@ -322,6 +322,7 @@ def test_resources_that_cannot_be_are_sentences(said: dict[str, Any], sentence: 
         ({"sampler": "tpe", "trials": 4, "seeds": [0, 1]}, "give the best more seeds with finalists"),
         ({"sampler": "tpe", "trials": 4, "scheduler": {"kind": "pbt"}}, "pbt needs all trials at its start"),
         ({"silence_minutes": 0}, "search.silence_minutes: must be greater than 0"),
+        ({"scheduler": {"kind": "pbt"}, "finalists": {"top": 1}}, "none are left to run again; leave it out"),
     ],
 )
 def test_parts_of_a_search_that_do_not_go_together(write: Write, search: dict[str, Any], sentence: str) -> None:

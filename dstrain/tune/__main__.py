@@ -99,17 +99,19 @@ def _search(given: argparse.Namespace) -> int:
 
 def _run(search: Search, needs: Needs) -> bool:
     """Runs what is left on a cluster; True when that was interrupted."""
-    from dstrain.stopping import stop_on_signals
+    from dstrain.stopping import answer_signals, stop_on_signals
     from dstrain.tune.driver import Driver
     from dstrain.tune.resources import Room, ray_cluster
 
+    answer = "asked to stop: every running trial saves at its next step"
+    stop = stop_on_signals(answer)
     with ray_cluster(Room.here()):
+        answer_signals(stop, answer)  # ray.init has put a handler of its own on SIGTERM
         room = Room.of_cluster()
         room.check(needs, search)
         concurrent = room.concurrent(needs, search.settings.max_concurrent)
         left = len(search.pending()) + search.expected - len(search.candidates)
         print(f"{left} of {search.expected} trials to run, {concurrent} at a time, {needs.describe()}")
-        stop = stop_on_signals("asked to stop: every running trial saves at its next step")
         return Driver(search, needs, stop).run()
 
 

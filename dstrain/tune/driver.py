@@ -46,21 +46,22 @@ class Driver:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         bell = ray.remote(Bell).options(name=BELL, num_cpus=0, max_concurrency=100_000, scheduling_strategy=here).remote()
         with Desk(self._search) as desk:
+            trials = self._search.pending()
             own = ray_scheduler(self._search, desk)
-            pending = self._search.pending()
-            if own is not None and pending and not self._stop.is_set():
-                plans = tune.grid_search([self._plan(candidate) for candidate in pending])
+            if own is not None and trials and not self._stop.is_set():
+                plans = tune.grid_search([self._plan(candidate) for candidate in trials])
                 self._fit(desk, bell, own, param_space={"trial": plans})  # Ray's schedulers want all from the start
+                trials = []
             if not self._stop.is_set():
-                self._by_agenda(desk, bell)
+                self._by_agenda(desk, bell, trials)
         unended = any(candidate.ended() is None for candidate in self._search.everyone())
         return unended or (self._stop.is_set() and not self._search.is_over())
 
-    def _by_agenda(self, desk: Desk, bell: Any) -> None:
+    def _by_agenda(self, desk: Desk, bell: Any, trials: list[Candidate]) -> None:
         propose = learn(self._search) if self._search.space is not None else None
-        agenda = Agenda(self._search, desk.rungs, self._fits(), desk.dismissed, propose)
+        agenda = Agenda(self._search, desk.rungs, self._fits(), desk.dismissed, trials, propose)
         desk.agenda = agenda
-        self._fit(desk, bell, RungScheduler(desk), search_alg=Asking(agenda, self._plan))
+        self._fit(desk, bell, RungScheduler(desk), search_alg=Asking(agenda, self._plan, self._stop))
 
     def _fits(self) -> Callable[[], int]:
         """How many trials fit, asked of the cluster now and then."""
@@ -90,6 +91,7 @@ class Driver:
                 name=time.strftime("%Y%m%d-%H%M%S"), storage_path=str((search.folder / "ray").resolve()), verbose=0,
                 callbacks=[Events(desk, bell, self._stop)], stop=Until(desk, self._stop),
                 failure_config=tune.FailureConfig(max_failures=search.settings.max_failures),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=4),  # only PBT hands Tune any
             ),
         )  # fmt: skip
         # In the main thread Tune would take our signals. Its warnings are advice on what is done on purpose.
@@ -109,10 +111,15 @@ class Driver:
             "bundle": self._needs.bundle,
             "grace_steps": self._grace_steps,
             "silence_seconds": 60 * search.settings.silence_minutes,
-            "environ": {name: value for name, value in os.environ.items() if name.startswith(CARRIED)},
+            "environ": {name: value for name, value in os.environ.items() if _carried(name)},
         }
         exchanging = isinstance(search.settings.scheduler, PbtSettings)
         return {**plan, "mutable": mutable(search, candidate)} if exchanging else plan
+
+
+def _carried(name: str) -> bool:
+    """Whether a variable goes with every rank; no secret does, since Tune writes what trials are given to disk."""
+    return name.startswith(CARRIED) and "TOKEN" not in name
 
 
 def _folder_name(trial: Any) -> str:
@@ -126,9 +133,11 @@ def _folder_name(trial: Any) -> str:
 class Asking(Unpickled, Searcher):
     """Tune's view of the agenda."""
 
-    def __init__(self, agenda: Agenda, plan: Callable[[Candidate], dict[str, Any]]) -> None:
+    def __init__(
+        self, agenda: Agenda, plan: Callable[[Candidate], dict[str, Any]], stop: threading.Event
+    ) -> None:
         super().__init__()
-        self._agenda, self._plan = agenda, plan
+        self._agenda, self._plan, self._stop = agenda, plan, stop
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
         """Nothing to set: the agenda knows what it searches."""
@@ -136,6 +145,8 @@ class Asking(Unpickled, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Whom to start now: a plan, None for nobody just now, or that all is done."""
+        if self._stop.is_set():
+            self._agenda.close()  # while nothing runs Tune asks here only, and no event comes
         candidate = self._agenda.next()
         if candidate is not None:
             return {"trial": self._plan(candidate)}

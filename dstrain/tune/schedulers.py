@@ -79,6 +79,15 @@ class Hyperband(Watched, HyperBandScheduler):
             time_attr="credit", max_t=max(1, length), reduction_factor=settings.eta, stop_last_trials=False
         )
 
+    def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
+        """Ray's, again while all trials are past the next milestone already, as they are where evaluations lie further
+        apart; and with its flag against re-entry taken back, without which a later death leaves the others paused."""
+        while True:
+            action = str(super()._process_bracket(tune_controller, bracket))
+            bracket.is_being_processed = False
+            if action != TrialScheduler.PAUSE or not bracket.current_trials() or not bracket.cur_iter_done():
+                return action
+
 
 class Pbt(Watched, PopulationBasedTraining):
     """Ray's, but a trial that takes over another's weights and settings stays itself: its id and folder are its own."""

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 if TYPE_CHECKING:
     from dstrain.readings import Reading
+    from dstrain.settings import RunSettings
 
 BELL = "dstrain-bell"
 """The name of the search's bell among the actors of its Ray job."""
@@ -86,7 +87,7 @@ class RankProcess:
         os.environ.update(seat)
         from dstrain.engine import join_ranks
         from dstrain.loop import Interrupted
-        from dstrain.run import claim, run
+        from dstrain.run import run
         from dstrain.schema import validate
         from dstrain.settings import RunSettings
 
@@ -95,7 +96,7 @@ class RankProcess:
             ranks = join_ranks()
             with ranks.first() as mine:
                 if mine:
-                    claim(settings, CLAIM_SECONDS)
+                    _claim(settings)
             run(settings, ranks, self._watch(settings.folder, metric, ranks.rank))
             self._hand_over()
         except Interrupted:
@@ -183,10 +184,10 @@ def trial(config: dict[str, Any]) -> None:
             ray.get(ranks[0].go_on.remote())
     except Exception as error:
         cause = getattr(error, "cause", error)
+        if not (folder / FAILURE_FILE).exists():  # rank 0 writes its own, unless another one was first
+            write_failure(folder, cause, reason_of(error))
         if isinstance(cause, (UserError, Diverged)):
             return
-        if not (folder / FAILURE_FILE).exists():
-            write_failure(folder, cause, reason_of(error))
         raise
     finally:
         for rank in ranks:
@@ -220,13 +221,25 @@ class _exchanged:
             return None
         from dstrain.exchange import pack
 
-        self._place = tempfile.TemporaryDirectory(prefix="dstrain-")
+        self._place = tempfile.TemporaryDirectory(prefix=".pack-", dir=self._folder)  # the file system of what is linked
         pack(self._folder, self._plan["metric"].partition("/")[0], Path(self._place.name))
         return tune.Checkpoint.from_directory(self._place.name)
 
     def __exit__(self, *error: object) -> None:
         if self._place is not None:
             self._place.cleanup()
+
+
+def _claim(settings: RunSettings) -> None:
+    """Claims the run folder; one that stays locked is no mistake of the user's, and worth another attempt."""
+    from dstrain.run import claim, hold
+    from dstrain.schema import UserError
+
+    try:
+        hold(settings.folder, CLAIM_SECONDS)
+    except UserError as error:
+        raise TimeoutError(str(error)) from None
+    claim(settings)
 
 
 def _start_ranks(number: int, bundle: dict[str, float]) -> list[Any]:
