@@ -99,15 +99,17 @@ def weights_of(trials: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(("word", "ranks"), [(signal.SIGINT, 1), (signal.SIGUSR1, 2)])
 def test_an_interrupted_search_saves_and_ends_bit_for_bit_as_an_undisturbed_one(
-    word: signal.Signals, small_corpus: Path, tmp_path: Path
+    word: signal.Signals, ranks: int, small_corpus: Path, tmp_path: Path
 ) -> None:
     """Ctrl-C or a time limit in the middle: exit status 75 and no process left; the same command ends all trials."""
     space = {"stages.finetune.optim.lr": [1e-3, 4e-3]}
-    lasting = {"stages__finetune__steps": 300, "stages__finetune__report_every": 10, "name": "whole"}
-    file = search_file(small_corpus, tmp_path, space, **lasting)
-    options = ("search.scheduler.kind=none", "search.resources.ranks=2", "search.resources.cpus=1")
+    paces = {"steps": 150, "evaluate_every_steps": 150, "report_every": 10}
+    file = search_file(
+        small_corpus, tmp_path, space, name="whole", **{f"stages__finetune__{name}": pace for name, pace in paces.items()}
+    )
+    options = ("search.scheduler.kind=none", f"search.resources.ranks={ranks}", "search.resources.cpus=1")
     searching = begin(file, "name=cut", *options)
     trials = tmp_path / "runs" / "cut" / "trials"
 
@@ -157,7 +159,7 @@ def test_trials_that_die_or_hang_go_on_from_their_checkpoints(small_corpus: Path
     """One is killed, one stops in the middle and says nothing, one dies too often: each is told, the others do not care."""
     file = search_file(
         small_corpus, tmp_path, {"stages.finetune.optim.lr": [1e-3, 2e-3, 3e-3]}, stages__finetune__steps=200,
-        stages__finetune__checkpoint_every=20,
+        stages__finetune__checkpoint_every=20, stages__finetune__evaluate_every_steps=100,
     )  # fmt: skip
     killed, silent, doomed = ids(file)
     searching = begin(file, "search.scheduler.kind=none", "search.silence_minutes=0.3", "search.max_failures=1")

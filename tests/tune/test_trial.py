@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -16,17 +15,21 @@ from dstrain.schema import UserError
 from dstrain.tune.trial import RankProcess, Silent, reason_of
 
 
-def test_a_rank_process_runs_a_trial_and_waits_for_the_word(small_corpus: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def seat(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The launcher's variables of a lone rank; what the rank puts into the environment is gone afterwards."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name in (*place, "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    return {**place, "MASTER_PORT": str(free_port())}
+
+
+def test_a_rank_process_runs_a_trial_and_waits_for_the_word(
+    small_corpus: Path, tmp_path: Path, seat: dict[str, str]
+) -> None:
     """What the actor does, in this process: every reading of the metric waits until the driver lets the trial live."""
     tree = tiny_run(small_corpus, tmp_path, stages__pretrain=None)
     rank = RankProcess()
-    seat = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
     working = threading.Thread(target=rank.train, args=(tree, "tiny.yaml", "finetune/valid/f1_macro", seat))
     working.start()
     try:
@@ -43,27 +46,17 @@ def test_a_rank_process_runs_a_trial_and_waits_for_the_word(small_corpus: Path, 
         working.join(60)
     finally:
         leave_ranks()
-        for name in seat:
-            os.environ.pop(name, None)
     assert [(step, total) for step, total, _ in seen] == [(4, 8), (8, 8)]
     assert (tmp_path / "tiny" / "outcome.json").exists()
     assert (tmp_path / "tiny" / "tags.json").exists()
 
 
-def seat() -> dict[str, str]:
-    """The launcher's variables of a lone rank."""
-    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    return {**place, "MASTER_PORT": str(free_port())}
-
-
 def test_a_rank_that_is_told_to_stop_saves_and_ends_even_while_it_waits_for_a_word(
-    small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_corpus: Path, tmp_path: Path, seat: dict[str, str]
 ) -> None:
-    for name in seat():
-        monkeypatch.setenv(name, "0")
     rank = RankProcess()
     tree = tiny_run(small_corpus, tmp_path, stages__pretrain=None)
-    working = threading.Thread(target=rank.train, args=(tree, "tiny.yaml", "finetune/valid/f1_macro", seat()))
+    working = threading.Thread(target=rank.train, args=(tree, "tiny.yaml", "finetune/valid/f1_macro", seat))
     working.start()
     try:
         while rank.news() is None:
@@ -89,18 +82,9 @@ def test_reasons_are_words_for_people() -> None:
 
 
 def test_a_rank_process_leaves_the_reason_of_a_failure(
-    small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_corpus: Path, tmp_path: Path, seat: dict[str, str]
 ) -> None:
     tree = tiny_run(small_corpus, tmp_path, stages__pretrain=None, deepspeed=str(tmp_path / "none.json"))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    seat = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
     with pytest.raises(UserError):
         RankProcess().train(tree, "tiny.yaml", "finetune/valid/f1_macro", seat)
     assert (tmp_path / "tiny" / "failure.txt").read_text().startswith("UserError: ")
