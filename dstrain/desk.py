@@ -17,7 +17,7 @@ from dstrain.search import Candidate, Ended, Search, brief
 from dstrain.settings import ROOT, plain
 from dstrain.tracking import Status, TrackedRun, Tracker
 
-DIED = "its processes died without a word (killed, or out of memory)"
+DIED = "its processes died without a word (killed, out of memory, or their node was lost)"
 
 
 class Desk:

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_run
 
 from dstrain.agenda import Agenda
-from dstrain.desk import Board, Desk
+from dstrain.desk import DIED, Board, Desk
 from dstrain.readings import JsonLines, Reading
 from dstrain.schema import dump_yaml
 from dstrain.search import Candidate, plan_search
@@ -105,7 +105,7 @@ def test_a_death_is_kept_with_its_reason_and_shown(desk: Desk, capsys: pytest.Ca
         desk.died(name)
         desk.started(name)
         desk.died(name)
-    assert first(desk).faults() == ["its node was lost", "its processes died without a word (killed, or out of memory)"]
+    assert first(desk).faults() == ["its node was lost", DIED]
     assert f"{name} starts again from its checkpoint: its node was lost" in capsys.readouterr().out
     first(desk).end("finished", "finished")
     assert desk.search.row(first(desk)).reason == "finished (after 2 restarts)"

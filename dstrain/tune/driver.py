@@ -21,10 +21,11 @@ from dstrain.desk import DIED, Desk
 from dstrain.rungs import PbtSettings
 from dstrain.search import Candidate, Search
 from dstrain.settings import plain
+from dstrain.tune.bell import BELL, Bell
 from dstrain.tune.proposals import learn
 from dstrain.tune.resources import Needs, Room
 from dstrain.tune.schedulers import RungScheduler, Unpickled, mutable, name_of, ray_scheduler
-from dstrain.tune.trial import BELL, Bell, trial
+from dstrain.tune.trial import trial
 
 ROOM_SECONDS = 5.0
 """So old may be what the driver believes of the cluster's room."""
@@ -83,7 +84,7 @@ class Driver:
             tune.with_resources(trial, tune.PlacementGroupFactory(bundles, strategy=strategy)),
             param_space=param_space,
             tune_config=tune.TuneConfig(
-                metric="value", mode=search.settings.mode, scheduler=scheduler, search_alg=search_alg, reuse_actors=False,
+                metric="value", mode=search.settings.mode, scheduler=scheduler, search_alg=search_alg, reuse_actors=True,
                 num_samples=1 if grid else -1, max_concurrent_trials=search.settings.max_concurrent if grid else None,
                 trial_name_creator=name_of, trial_dirname_creator=_folder_name,
             ),
@@ -180,6 +181,11 @@ class Events(Unpickled, Callback):
     def __init__(self, desk: Desk, bell: Any, stop: threading.Event) -> None:
         self._desk, self._bell, self._stop = desk, bell, stop
         self._rung = False
+        self._paused: set[str] = set()
+
+    def _dismiss(self, trial: Any) -> None:
+        """Has a trial that Tune will not ask again give its seats back."""
+        ray.get(self._bell.dismiss.remote(name_of(trial)))
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Before every turn of Tune's loop."""
@@ -190,6 +196,10 @@ class Events(Unpickled, Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """After every turn of Tune's loop."""
+        paused = {one.trial_id: one for one in trials if one.status == "PAUSED"}
+        for trial_id in paused.keys() - self._paused:
+            self._dismiss(paused[trial_id])
+        self._paused = set(paused)
         if self._rung:
             self._desk.idle = not any(trial.status == "RUNNING" for trial in trials)
 
@@ -199,6 +209,7 @@ class Events(Unpickled, Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has returned, or was stopped."""
+        self._dismiss(trial)
         self._desk.ended(name_of(trial), None)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -207,4 +218,5 @@ class Events(Unpickled, Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial died and is not started again."""
+        self._dismiss(trial)
         self._desk.ended(name_of(trial), DIED)

@@ -1,32 +1,34 @@
-"""One trial under Tune: an actor that starts the rank processes of a run, passes on what they report, and ends with them.
+"""One trial under Tune: an actor that has its run trained on its seats, passes on what is reported, and frees them.
 
-A trial's ranks are children of its actor: when Tune ends the trial, whatever the reason, Ray ends them with it. All that
-must outlive a process lies in the run folder, so a trial that is started again goes on from its last checkpoint.
+Tune gives its actor, and with it the seats, to the next trial; the processes that trained are gone by then. All that must
+outlive a process lies in the run folder, so a trial that is started again goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
+import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-if TYPE_CHECKING:
-    from dstrain.readings import Reading
-    from dstrain.settings import RunSettings
+from dstrain.tune.bell import BELL
+from dstrain.tune.rank import write_failure
+from dstrain.tune.seat import Seat
 
-BELL = "dstrain-bell"
-"""The name of the search's bell among the actors of its Ray job."""
-CLAIM_SECONDS = 120.0
-"""So long a new attempt waits for the run folder: the lock of a lost node goes when the file server notices."""
+_seats: list[Any] = []
+"""The seats of this actor, one a rank, which trial after trial uses."""
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")  # so long Tune waits for a trial to have freed them
+IMPORT_SECONDS = 300.0
+"""Before its first word a trial on a new seat imports, which on a busy machine takes longer than some silences."""
 
 
 class Progress(NamedTuple):
@@ -37,166 +39,143 @@ class Progress(NamedTuple):
     value: float
 
 
-class Silent(Exception):
-    """A trial has reported nothing for too long."""
+class Fault(Exception):
+    """A trial cannot go on, and may be started again."""
 
 
-class Bell:
-    """An actor that rings once, when the search is asked to stop; all who wait for it hear it."""
-
-    def __init__(self) -> None:
-        self._rung = asyncio.Event()
-
-    async def ring(self) -> None:
-        """The search is asked to stop."""
-        self._rung.set()
-
-    async def rung(self) -> None:
-        """Returns once it has rung."""
-        await self._rung.wait()
-
-    async def has_rung(self) -> bool:
-        """Whether it has rung."""
-        return self._rung.is_set()
-
-
-class RankProcess:
-    """One data-parallel process of a trial, as a Ray actor: it trains in one thread and is spoken to in others.
-
-    The deciding metric is handed over at the boundary after its step, when the checkpoint of that step is written:
-    whoever is paused or stopped on it has lost nothing.
-    """
-
-    def __init__(self) -> None:
-        import queue
-
-        self._news: queue.Queue[Progress | None] = queue.Queue()
-        self._due: list[Progress] = []
-        self._decided = threading.Event()
-        self._stop = threading.Event()
-
-    def address(self) -> tuple[str, int]:
-        """Where rank 0 listens for the others."""
-        from dstrain.engine import free_port
-
-        host = ray.util.get_node_ip_address()
-        return host, free_port(host)
-
-    def train(self, tree: Mapping[str, Any], source: str, metric: str, seat: Mapping[str, str]) -> None:
-        """Runs the trial's run to its end, or until `stop`; `seat` holds the variables a launcher would set."""
-        os.environ.update(seat)
-        from dstrain.engine import join_ranks
-        from dstrain.loop import Interrupted
-        from dstrain.run import run
-        from dstrain.schema import validate
-        from dstrain.settings import RunSettings
-
-        settings = validate(RunSettings, tree, source)
-        try:
-            ranks = join_ranks()
-            with ranks.first() as mine:
-                if mine:
-                    _claim(settings)
-            run(settings, ranks, self._watch(settings.folder, metric, ranks.rank))
-            self._hand_over()
-        except Interrupted:
-            return
-        except Exception as error:
-            if os.environ["RANK"] == "0":
-                write_failure(settings.folder, error)
-            raise
-
-    def _watch(self, folder: Path, metric: str, rank: int) -> Any:
-        from dstrain.readings import JsonLines, fan_out
-        from dstrain.run import Watch
-
-        if rank:
-            return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, self._stop.is_set)
-        log = (folder / "train.log").open("a", buffering=1, encoding="utf-8")
-
-        def say(sentence: str) -> None:
-            print(sentence, file=log)
-            self._news.put(None)
-
-        report = fan_out(JsonLines(folder), lambda reading: self._note(reading, metric))
-        return Watch(report, say, lambda tags: write_tags(folder, tags), self._asked_to_stop)
-
-    def _note(self, reading: Reading, metric: str) -> None:
-        """Keeps the deciding metric for the next boundary; any reading is a sign of life."""
-        keyed = reading.keyed()
-        if metric in keyed:
-            self._due.append(Progress(reading.step, reading.total_steps, keyed[metric]))
-        self._news.put(None)
-
-    def _asked_to_stop(self) -> bool:
-        self._hand_over()
-        return self._stop.is_set()
-
-    def _hand_over(self) -> None:
-        """Gives what is due to the trial's actor and waits for the scheduler's word on it."""
-        for progress in self._due:
-            self._decided.clear()
-            self._news.put(progress)
-            self._decided.wait()
-        self._due.clear()
-
-    def news(self) -> Progress | None:
-        """The next reading of the deciding metric, or None for another sign of life; waits for it."""
-        return self._news.get()
-
-    def go_on(self) -> None:
-        """The scheduler lets the trial live."""
-        self._decided.set()
-
-    def stop(self) -> None:
-        """Save before the next step, and end."""
-        self._stop.set()
-        self._decided.set()
+class Hopeless(Exception):
+    """A trial cannot go on, and another attempt would end the same."""
 
 
 def trial(config: dict[str, Any]) -> None:
-    """A Tune function trainable: starts the ranks, reports what they report, ends when they end.
+    """A Tune function trainable: has the ranks trained, reports what they report, ends when they end.
 
     A mistake of the user's or a diverged loss ends the trial for good. Anything else is written down and raised, and Tune
     starts the trial again from its checkpoint, up to search.max_failures times.
     """
-    from dstrain.engine import Diverged
-    from dstrain.schema import UserError
-
     plan = config["trial"]
-    bell = ray.get_actor(BELL)
-    if ray.get(bell.has_rung.remote()):
+    bell, start = ray.get_actor(BELL), uuid.uuid4().hex
+    if not ray.get(bell.begin.remote(plan["id"])):
         return
     run, folder = _run_of(plan)
-    ranks = _start_ranks(plan["ranks"], plan["bundle"])
     try:
-        seats = _seats(ranks, plan["environ"])
-        working = [
-            rank.train.remote(run, plan["source"], plan["metric"], seat)
-            for rank, seat in zip(ranks, seats, strict=True)
-        ]
-        for step, total, value in _progress(ranks, working, bell, plan["silence_seconds"]):
+        seats = _take_seats(plan)
+        threading.Thread(target=_free_when_dismissed, args=(bell, plan["id"], seats, start), daemon=True).start()
+        _begin(seats, start, plan, run)
+        for step, total, value in _progress(seats, bell, plan["silence_seconds"]):
             figures = {
                 "progress": step / total, "steps": step, "value": value, "credit": max(0, step - plan["grace_steps"]),
             }  # fmt: skip
             with _exchanged(folder, plan) as checkpoint:
-                tune.report(figures, checkpoint=checkpoint)
-            ray.get(ranks[0].go_on.remote())
+                tune.report(figures, checkpoint=checkpoint)  # raises SystemExit when Tune is done with this trial
+            ray.get(seats[0].go_on.remote())
+    except Hopeless:
+        return
     except Exception as error:
-        cause = getattr(error, "cause", error)
-        if not (folder / FAILURE_FILE).exists():  # rank 0 writes its own, unless another one was first
-            write_failure(folder, cause, reason_of(error))
-        if isinstance(cause, (UserError, Diverged)):
-            return
+        write_failure(folder, error, reason_of(error))  # unless a rank has written its own
+        _give_up_seats()
         raise
     finally:
-        for rank in ranks:
-            ray.kill(rank)
+        _free(_seats, start)
+
+
+# ------------------------------------------------------------------------------------------------ the seats
+
+
+def _take_seats(plan: Mapping[str, Any]) -> Sequence[Any]:
+    """This actor's seats; new ones where it has none yet or lost one with its node."""
+    if not _seats:
+        group = ray.util.get_current_placement_group()
+        assert group is not None, "a trial runs in the placement group that Tune reserved for it"
+        actor, bundle = ray.remote(Seat), plan["bundle"]
+        _seats.extend(
+            actor.options(
+                num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_concurrency=8,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            ).remote(plan["environ"])
+            for rank in range(plan["ranks"])
+        )  # fmt: skip
+    return tuple(_seats)
+
+
+def _begin(seats: Sequence[Any], start: str, plan: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Gives every seat its order. LOCAL_RANK is 0 because Ray shows each seat its own device only."""
+    address, port = ray.get(seats[0].address.remote())
+    place = {
+        "WORLD_SIZE": str(len(seats)), "LOCAL_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": str(port),
+        "DSTRAIN_LAUNCHER": "ray",
+    }  # fmt: skip
+    order = {"run": run, "source": plan["source"], "metric": plan["metric"]}
+    ray.get([
+        seat.begin.remote(start, {**order, "environ": {**place, "RANK": str(rank)}})
+        for rank, seat in enumerate(seats)
+    ])  # fmt: skip
+
+
+def _free(seats: Sequence[Any], start: str) -> None:
+    """Ends what still trains on the seats since this start; where one is beyond our reach all are given up."""
+    try:
+        gone = ray.get([seat.end.remote(start) for seat in seats], timeout=30)
+    except Exception:
+        gone = [False]
+    if not all(gone):
+        _give_up_seats()
+
+
+def _give_up_seats() -> None:
+    while _seats:
+        ray.kill(_seats.pop())
+
+
+def _free_when_dismissed(bell: Any, name: str, seats: Sequence[Any], start: str) -> None:
+    """Frees the seats of a trial that Tune has stopped or paused: Tune itself tells only when it needs the actor again."""
+    ray.get(bell.dismissed.remote(name))
+    _free(seats, start)
+
+
+def _progress(seats: Sequence[Any], bell: Any, silence_seconds: float) -> Iterator[Progress]:
+    """The readings of rank 0 until all ranks have ended.
+
+    When the search's bell rings all ranks are told to stop. Raises Fault or Hopeless with the first rank that fails.
+    """
+    rung = bell.rung.remote()
+    asked = {seat.news.remote(): seat for seat in seats}
+    heard, patience = time.monotonic(), max(silence_seconds, IMPORT_SECONDS)
+    while asked:
+        listening = [*asked, *([rung] if rung is not None else [])]
+        done, _ = ray.wait(listening, num_returns=1, timeout=max(0.0, heard + patience - time.monotonic()))
+        if not done:
+            raise Fault(f"hung: reported nothing for {silence_seconds / 60:g} minutes (search.silence_minutes)")
+        found = ray.get(done[0])
+        if done[0] == rung:
+            rung = None
+            ray.get([seat.stop.remote() for seat in seats])
+            continue
+        seat = asked.pop(done[0])
+        if "ended" in found:
+            _check(found["ended"])
+            continue
+        heard, patience = time.monotonic(), silence_seconds
+        if "progress" in found:
+            yield Progress(*found["progress"])
+        asked[seat.news.remote()] = seat
+
+
+def _check(status: int) -> None:
+    """Raises what the exit status of a rank says."""
+    if status == 2:
+        raise Hopeless
+    if status < 0:
+        raise Fault(f"a process was killed by {signal.Signals(-status).name} (out of memory, if nobody sent it)")
+    if status:
+        raise Fault(f"a process ended with status {status} and without a word")
+
+
+# -------------------------------------------------------------------------------------------------- the run
 
 
 def _run_of(plan: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
     """The settings of the trial's run and its folder; under PBT with the state of the trial it was told to follow."""
-    from dstrain.exchange import take_over
     from dstrain.space import apply
 
     changed = plan.get("mutable", {})
@@ -204,6 +183,8 @@ def _run_of(plan: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
     folder = Path(run["output_dir"]) / run["name"]
     checkpoint = tune.get_checkpoint() if changed else None
     if checkpoint is not None:
+        from dstrain.exchange import take_over
+
         with checkpoint.as_directory() as pack:
             take_over(folder, run, Path(pack), changed)
     return run, folder
@@ -230,78 +211,6 @@ class _exchanged:
             self._place.cleanup()
 
 
-def _claim(settings: RunSettings) -> None:
-    """Claims the run folder; one that stays locked is no mistake of the user's, and worth another attempt."""
-    from dstrain.run import claim, hold
-    from dstrain.schema import UserError
-
-    try:
-        hold(settings.folder, CLAIM_SECONDS)
-    except UserError as error:
-        raise TimeoutError(str(error)) from None
-    claim(settings)
-
-
-def _start_ranks(number: int, bundle: dict[str, float]) -> list[Any]:
-    group = ray.util.get_current_placement_group()
-    assert group is not None, "a trial runs in the placement group that Tune reserved for it"
-    actor = ray.remote(RankProcess)
-    return [
-        actor.options(
-            num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_concurrency=8,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-        ).remote()
-        for rank in range(number)
-    ]  # fmt: skip
-
-
-def _seats(ranks: list[Any], environ: Mapping[str, str]) -> list[dict[str, str]]:
-    """The launcher's variables of each rank. LOCAL_RANK is 0 because Ray shows each actor its own device only."""
-    address, port = ray.get(ranks[0].address.remote())
-    return [
-        {
-            **environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(ranks)),
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": address,
-            "MASTER_PORT": str(port),
-            "DSTRAIN_LAUNCHER": "ray",
-        }
-        for rank in range(len(ranks))
-    ]
-
-
-def _progress(ranks: list[Any], working: list[Any], bell: Any, silence_seconds: float) -> Iterator[Progress]:
-    """The readings of rank 0 until all ranks are done; the first rank that fails raises its error here.
-
-    When the search's bell rings all ranks are told to stop. Raises Silent.
-    """
-    pending, following, rung = list(working), ranks[0].news.remote(), bell.rung.remote()
-    heard = time.monotonic()
-    while pending:
-        listening = [following, *pending, *([rung] if rung is not None else [])]
-        done, _ = ray.wait(listening, num_returns=1, timeout=max(0.0, heard + silence_seconds - time.monotonic()))
-        if not done:
-            raise Silent(f"reported nothing for {silence_seconds / 60:g} minutes (search.silence_minutes)")
-        found = ray.get(done[0])
-        if done[0] == rung:
-            rung = None
-            ray.get([rank.stop.remote() for rank in ranks])
-        elif done[0] == following:
-            heard = time.monotonic()
-            if found is not None:
-                yield Progress(*found)
-            following = ranks[0].news.remote()
-        else:
-            pending.remove(done[0])
-
-
-# ------------------------------------------------------------------------------------- what a trial leaves
-
-FAILURE_FILE = "failure.txt"
-
-
 def reason_of(error: BaseException) -> str:
     """What to say of a trial that did not end by itself."""
     if isinstance(error, ray.exceptions.OutOfMemoryError):
@@ -309,21 +218,4 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RayActorError):
         lost = "its node has died" in str(error)
         return "its node was lost" if lost else "a process died without a word (killed, or out of memory)"
-    cause = getattr(error, "cause", error)
-    return f"{type(cause).__name__}: {cause}"
-
-
-def write_failure(folder: Path, error: BaseException, reason: str | None = None) -> None:
-    """Leaves the reason of a failure where the driver finds it, whatever becomes of this process."""
-    import traceback
-
-    folder.mkdir(parents=True, exist_ok=True)
-    told = "".join(traceback.format_exception(error))
-    (folder / FAILURE_FILE).write_text(f"{reason or reason_of(error)}\n\n{told}", encoding="utf-8")
-
-
-def write_tags(folder: Path, tags: Mapping[str, str]) -> None:
-    """Leaves a run's tags where the driver finds them."""
-    import json
-
-    (folder / "tags.json").write_text(json.dumps(dict(tags)), encoding="utf-8")
+    return str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {error}"

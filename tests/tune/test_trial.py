@@ -1,73 +1,158 @@
-"""One trial: a rank process in this process, and what it leaves when it fails."""
+"""One trial's processes: a real seat with its nursery, what a run does on it, and every way in which it ends."""
 
 from __future__ import annotations
 
-import threading
+import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import ray
-from conftest import tiny_run
+from conftest import ROOT, tiny_run
+from safetensors.torch import load_file
 
-from dstrain.engine import free_port, leave_ranks
-from dstrain.schema import UserError
-from dstrain.tune.trial import RankProcess, Silent, reason_of
+from dstrain.engine import free_port
+from dstrain.tune.seat import Seat
+from dstrain.tune.trial import Fault, Hopeless, _check, reason_of
 
-
-@pytest.fixture
-def seat(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The launcher's variables of a lone rank; what the rank puts into the environment is gone afterwards."""
-    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name in (*place, "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    return {**place, "MASTER_PORT": str(free_port())}
+METRIC = "finetune/valid/f1_macro"
 
 
-def test_a_rank_process_runs_a_trial_and_waits_for_the_word(
-    small_corpus: Path, tmp_path: Path, seat: dict[str, str]
+@pytest.fixture(scope="module")
+def seat() -> Iterator[Seat]:
+    """One seat for all: a run leaves nothing behind on it."""
+    seat = Seat({"OMP_NUM_THREADS": "1"})
+    yield seat
+    seat.close()
+
+
+def order(tree: Mapping[str, Any]) -> dict[str, Any]:
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {"run": tree, "source": "tiny.yaml", "metric": METRIC, "environ": place}
+
+
+def next_of(seat: Seat, kind: str) -> Any:
+    """What the next message of this kind says; signs of life are passed over."""
+    while True:
+        message = seat.news()
+        if kind in message:
+            return message[kind]
+        assert not message, message
+
+
+def tree(corpus: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    return tiny_run(corpus, folder, **{"stages__pretrain": None, **changes})
+
+
+def gone(*processes: psutil.Process) -> bool:
+    return not psutil.wait_procs(processes, timeout=10)[1]
+
+
+def test_a_run_waits_for_the_word_after_every_reading_of_the_metric(
+    seat: Seat, small_corpus: Path, tmp_path: Path
 ) -> None:
-    """What the actor does, in this process: every reading of the metric waits until the driver lets the trial live."""
-    tree = tiny_run(small_corpus, tmp_path, stages__pretrain=None)
-    rank = RankProcess()
-    working = threading.Thread(target=rank.train, args=(tree, "tiny.yaml", "finetune/valid/f1_macro", seat))
-    working.start()
-    try:
-        seen = []
-        for _ in range(2):
-            while (news := rank.news()) is None:
-                pass  # another sign of life
-            seen.append(news)
-            if news.step < news.total_steps:
-                assert (tmp_path / "tiny/stages/finetune/checkpoint").exists(), "who is paused now has lost nothing"
-            time.sleep(0.1)
-            assert working.is_alive()
-            rank.go_on()
-        working.join(60)
-    finally:
-        leave_ranks()
-    assert [(step, total) for step, total, _ in seen] == [(4, 8), (8, 8)]
+    seat.begin("one", order(tree(small_corpus, tmp_path)))
+    seen = []
+    for _ in range(2):
+        seen.append(next_of(seat, "progress")[:2])
+        checkpoints = list(tmp_path.glob("tiny/stages/finetune/checkpoint*"))
+        assert checkpoints or seen[-1] == [8, 8], "who is paused now has lost nothing"
+        time.sleep(0.1)
+        assert seat.child is not None, "it waits"
+        seat.go_on()
+    assert next_of(seat, "ended") == 0
+    assert seen == [[4, 8], [8, 8]]
     assert (tmp_path / "tiny" / "outcome.json").exists()
     assert (tmp_path / "tiny" / "tags.json").exists()
+    assert seat.end("one") and seat.child is None
 
 
-def test_a_rank_that_is_told_to_stop_saves_and_ends_even_while_it_waits_for_a_word(
-    small_corpus: Path, tmp_path: Path, seat: dict[str, str]
+def test_runs_that_follow_each_other_are_processes_of_their_own_and_do_not_differ(
+    seat: Seat, small_corpus: Path, tmp_path: Path
 ) -> None:
-    rank = RankProcess()
-    tree = tiny_run(small_corpus, tmp_path, stages__pretrain=None)
-    working = threading.Thread(target=rank.train, args=(tree, "tiny.yaml", "finetune/valid/f1_macro", seat))
-    working.start()
-    try:
-        while rank.news() is None:
-            pass
-        rank.stop()
-        working.join(60)
-    finally:
-        leave_ranks()
-    assert not working.is_alive()
-    assert (tmp_path / "tiny/stages/finetune/checkpoint").exists()
+    weights, processes = [], set()
+    for name in "ab":
+        seat.begin(name, order(tree(small_corpus, tmp_path / name)))
+        for _ in range(2):
+            next_of(seat, "progress")
+            processes.add(seat.child)
+            seat.go_on()
+        assert next_of(seat, "ended") == 0
+        weights.append(load_file(tmp_path / name / "tiny/stages/finetune/best.safetensors"))
+    assert len(processes) == 2 and os.getpid() not in processes
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+def test_a_run_that_is_told_to_stop_saves_and_ends_even_while_it_waits_for_a_word(
+    seat: Seat, small_corpus: Path, tmp_path: Path
+) -> None:
+    seat.begin("stopped", order(tree(small_corpus, tmp_path)))
+    next_of(seat, "progress")
+    seat.stop()
+    assert next_of(seat, "ended") == 0
+    assert list(tmp_path.glob("tiny/stages/finetune/checkpoint*"))
     assert not (tmp_path / "tiny/outcome.json").exists() and not (tmp_path / "tiny/failure.txt").exists()
+
+
+def test_a_failure_leaves_its_reason_and_a_mistake_is_hopeless(seat: Seat, small_corpus: Path, tmp_path: Path) -> None:
+    seat.begin("wrong", order(tree(small_corpus, tmp_path, deepspeed=str(tmp_path / "none.json"))))
+    assert next_of(seat, "ended") == 2
+    assert (tmp_path / "tiny" / "failure.txt").read_text().startswith("UserError: ")
+
+
+def test_a_run_that_is_ended_is_gone_and_only_the_run_that_was_meant(
+    seat: Seat, small_corpus: Path, tmp_path: Path
+) -> None:
+    seat.begin("first", order(tree(small_corpus, tmp_path)))
+    next_of(seat, "progress")
+    assert seat.child is not None
+    process = psutil.Process(seat.child)
+    assert seat.end("another, long ago") and process.is_running()
+    assert seat.end("first") and gone(process)
+    assert next_of(seat, "ended") == -signal.SIGKILL
+
+
+def test_whoever_dies_takes_along_what_is_below(small_corpus: Path, tmp_path: Path) -> None:
+    """The nursery killed under its child, then a process that holds a seat: nothing stays behind."""
+    seat = Seat({"OMP_NUM_THREADS": "1"})
+    seat.begin("run", order(tree(small_corpus, tmp_path)))
+    next_of(seat, "progress")
+    assert seat.child is not None
+    child = psutil.Process(seat.child)
+    nursery = child.parent()
+    assert nursery is not None
+    nursery.kill()
+    assert next_of(seat, "ended") == -signal.SIGKILL
+    assert gone(child)
+    seat.close()
+
+    program = f"""
+from tests.tune.test_trial import METRIC, order, next_of, tree
+from dstrain.tune.seat import Seat
+from pathlib import Path
+seat = Seat({{}})
+seat.begin("run", order(tree(Path({str(small_corpus)!r}), Path({str(tmp_path / "other")!r}))))
+next_of(seat, "progress")
+print(seat.child, flush=True)
+next_of(seat, "ended")
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert holder.stdout is not None
+    child = psutil.Process(int(holder.stdout.readline()))
+    nursery = child.parent()
+    assert nursery is not None
+    holder.kill()
+    holder.wait()
+    assert gone(child, nursery)
 
 
 def test_reasons_are_words_for_people() -> None:
@@ -78,13 +163,9 @@ def test_reasons_are_words_for_people() -> None:
     assert reason_of(Lost()) == "its node was lost"
     assert reason_of(ray.exceptions.ActorDiedError()) == "a process died without a word (killed, or out of memory)"
     assert reason_of(ray.exceptions.OutOfMemoryError("x")).startswith("out of memory")
-    assert reason_of(Silent("reported nothing for 3 minutes")) == "Silent: reported nothing for 3 minutes"
-
-
-def test_a_rank_process_leaves_the_reason_of_a_failure(
-    small_corpus: Path, tmp_path: Path, seat: dict[str, str]
-) -> None:
-    tree = tiny_run(small_corpus, tmp_path, stages__pretrain=None, deepspeed=str(tmp_path / "none.json"))
-    with pytest.raises(UserError):
-        RankProcess().train(tree, "tiny.yaml", "finetune/valid/f1_macro", seat)
-    assert (tmp_path / "tiny" / "failure.txt").read_text().startswith("UserError: ")
+    assert reason_of(Fault("hung: reported nothing")) == "hung: reported nothing"
+    with pytest.raises(Fault, match=r"killed by SIGKILL \(out of memory, if nobody sent it\)"):
+        _check(-9)
+    with pytest.raises(Hopeless):
+        _check(2)
+    _check(0)
