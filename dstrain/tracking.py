@@ -403,6 +403,8 @@ class Courier:
         path = _sqlite_path(self.uri)
         # Processes that make the tables of an empty database at the same time break each other.
         with locked(path.with_name(f".{path.name}.lock") if path else self.output_dir / f".{SENT_FILE}.lock"):
+            if path and not size_of(path):
+                _make_tables(path)
             client = MlflowClient(self.uri)
             self._experiment_id = self._experiment_of(client)
         self._client = client
@@ -547,6 +549,23 @@ class Courier:
         if sentence not in self._said:
             self._said.add(sentence)
             self._say(sentence)
+
+
+def _make_tables(path: Path) -> None:
+    """Makes a SQLite store beside its place and moves it there whole.
+
+    A kill in the middle of MLflow's many migrations leaves a database that MLflow can neither use nor mend.
+    """
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+    draft = path.with_name(f".{path.name}.draft")
+    for leftover in (draft, draft.with_name(f"{draft.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    engine = create_sqlalchemy_engine(_sqlite(draft))
+    _initialize_tables(engine)
+    engine.dispose()
+    os.replace(draft, path)
 
 
 def _portions(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -644,3 +644,33 @@ def test_a_lock_keeps_another_process_out(tmp_path: Path) -> None:
     assert other.communicate(timeout=30)[0] == "in\n"
     with locked(Path(os.devnull) / "impossible"):  # no lock to be had is no reason to stop
         pass
+
+
+DIES_IN_A_MIGRATION = """
+import os, sys
+from pathlib import Path
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from dstrain.tracking import Tracker
+
+@event.listens_for(Engine, "before_cursor_execute")
+def die(connection, cursor, statement, *rest):
+    if statement.startswith("INSERT INTO _alembic_tmp_"):
+        os._exit(9)
+
+tracker = Tracker(None, "first", Path(sys.argv[1]))
+tracker.run(Path(sys.argv[1]) / "first", "first", {}, {})
+tracker.close(120)
+"""
+
+
+@pytest.mark.slow
+def test_a_death_while_the_tables_are_made_costs_nothing(tmp_path: Path) -> None:
+    """MLflow can neither use nor mend a database that it was killed in the middle of making."""
+    (tmp_path / "first").mkdir()
+    died = subprocess.run([sys.executable, "-c", DIES_IN_A_MIGRATION, str(tmp_path)], cwd=ROOT, timeout=120)
+    assert died.returncode == 9
+    tracker = Tracker(None, "first", tmp_path)
+    tracker.run(tmp_path / "first", "first", {}, {}).finish("FINISHED", {}, [])
+    assert tracker.close(120)
+    assert sent_of(tmp_path / "first").run_id
