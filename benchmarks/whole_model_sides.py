@@ -28,7 +28,8 @@ from dstrain.data.corpora import CorpusSettings
 from dstrain.data.vocabulary import Vocabulary
 from dstrain.ds_plan import Facts, read_plan, resolve
 from dstrain.engine import Engine, free_port, join_ranks
-from dstrain.loop import Mine, Site, take_step
+from dstrain.healing import Attempt
+from dstrain.loop import Mine, take_step
 from dstrain.model.encoder import Encoder, EncoderSettings
 from dstrain.objective import ClassifySettings, MlmSettings, ObjectiveSettings, Task
 from dstrain.optim import OptimSettings, build_optimizer, parameter_groups
@@ -219,7 +220,6 @@ def _serve_dstrain(job: Job, pipe: Connection) -> None:
     )
     engine = Engine(task, optimizer, deepspeed_plan(job, encoder.hidden_size, ranks.device), ranks)
     meter: Any = SimpleNamespace(tally=objective.running_tally(ranks.device), lr=LR)
-    site = Site("benchmark", Path(), 0, SEED)
 
     def mine(number: int, text: Corpus, documents: np.ndarray) -> Mine:
         split = text.splits["train"]
@@ -228,14 +228,14 @@ def _serve_dstrain(job: Job, pipe: Connection) -> None:
         return Mine(number, [(0, batch, split.document[documents])], batch.sequences.tokens)
 
     warmup = mine(0, short, chosen[0])
-    take_step(engine, warmup, warmup.weight, meter, LR, site)
+    take_step(Attempt(engine, warmup.step, warmup.batches, warmup.weight), meter, LR)
     pipe.send("ready")
     for number, documents in enumerate(chosen):
         step = mine(number, corpus, documents)
         if not pipe.recv():
             return
         clock.start()
-        take_step(engine, step, step.weight, meter, LR, site)
+        take_step(Attempt(engine, step.step, step.batches, step.weight), meter, LR)
         pipe.send(Step(step.tokens, step.tokens, *clock.stop(), memory.peak()))
 
 

@@ -15,9 +15,9 @@ from dstrain.consolidate import Source, Which
 from dstrain.loop import Progress
 from dstrain.metrics import scores
 from dstrain.readings import amount, duration, number
-from dstrain.run import TextRecord
 from dstrain.schema import dump_yaml
 from dstrain.settings import plain
+from dstrain.texts import TextRecord
 
 SAYS: Mapping[Which, str] = {"best": "best weights", "last": "weights of the last checkpoint"}
 

@@ -12,22 +12,26 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from dstrain.checkpoints import FOLDER, newest_whole, standing
 from dstrain.loop import Progress, StageSettings
 from dstrain.objective import Task
+from dstrain.partitions import MASTER, files_by_rank, put_together
 from dstrain.readings import Reading, read_readings
 from dstrain.run import groups, read_record, read_weights
 from dstrain.schema import UserError, did_you_mean
 from dstrain.settings import RunSettings, load_run
 
 Which = Literal["best", "last"]
+_BEST = "best.safetensors"
 
 
 # -------------------------------------------------------------------------------------------------- which weights
@@ -45,6 +49,8 @@ class Source:
     """How the stages ended that did."""
     readings: Sequence[Reading]
     """Of this stage."""
+    file: Path
+    """Where the weights lie: a file, or the folder of a checkpoint."""
 
     @property
     def stage(self) -> StageSettings:
@@ -57,18 +63,13 @@ class Source:
         names = list(self.settings.stages)
         return names[: names.index(self.name) + 1]
 
-    @property
-    def file(self) -> Path:
-        """Where the weights lie: a file, or the folder of a checkpoint."""
-        return _places(self.folder, self.name)[self.which]
-
     def weights(self, task: Task) -> tuple[dict[str, Tensor], Progress]:
         """Full fp32 weights by name, and where training stood when they were taken; `task` is the run's, untrained."""
         if self.which == "best":
             return read_weights(self.file), self._chosen()
         names = {id(parameter): name for name, parameter in task.named_parameters()}
         order = [[names[id(parameter)] for parameter in group["params"]] for group in groups(task, self.stage)]
-        return consolidate(self.file, order)
+        return consolidate(self.file / "engine", order)
 
     def _chosen(self) -> Progress:
         """The last evaluation that won, as `loop.judge` counts; without a validation split the last reading."""
@@ -94,23 +95,36 @@ def find(folder: Path, stage: str | None, which: Which) -> Source:
         raise UserError(f"--stage {stage}: {folder} has no such stage{did_you_mean(stage, settings.stages)}")
     name = stage or list(settings.stages)[-1]
     readings = [reading for reading in _readings(folder) if reading.stage == name]
-    source = Source(folder, settings, name, which, dict(_done(folder, settings)), readings)
-    if not source.file.exists():
+    file = _place(folder, name, which)
+    if file is None:
         what = "best weights" if which == "best" else "checkpoint"
         offers = [
             f"--stage {each}{' --weights last' if kind == 'last' else ''}"
             for each in settings.stages
-            for kind, place in _places(folder, each).items()
-            if place.exists()
+            for kind in get_args(Which)
+            if _holds(folder, each, kind)
         ]
         way_out = f"export what there is with {' or '.join(offers)}" if offers else "train it first"
         raise UserError(f"{folder}: its stage {name} holds no {what}; {way_out}")
-    return source
+    return Source(folder, settings, name, which, dict(_done(folder, settings)), readings, file)
 
 
-def _places(folder: Path, stage: str) -> dict[Which, Path]:
+def _place(folder: Path, stage: str, which: Which) -> Path | None:
+    """The stage's best weights, or the newest of its checkpoints that is whole."""
+    if not _holds(folder, stage, which):
+        return None
     here = folder / "stages" / stage
-    return {"best": here / "best.safetensors", "last": here / "checkpoint" / "engine"}
+    if which == "best":
+        return here / _BEST
+    try:
+        return newest_whole(here / FOLDER, lambda text: print(text, file=sys.stderr))
+    except UserError as error:
+        raise UserError(f"{error}, or export best") from None
+
+
+def _holds(folder: Path, stage: str, which: Which) -> bool:
+    here = folder / "stages" / stage
+    return (here / _BEST).exists() if which == "best" else bool(standing(here / FOLDER))
 
 
 def _done(folder: Path, settings: RunSettings) -> Iterator[tuple[str, Progress]]:
@@ -175,44 +189,18 @@ def _masters(
     model: Mapping[str, Any], optimizers: Sequence[Mapping[str, Any]], optimizer_names: Sequence[Sequence[str]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and full fp32 value of each parameter; `optimizers` are the states of ranks 0, 1, ... (none at stage 0)."""
-    if not optimizers:
-        yield from ((name, value.float()) for name, value in model["module"].items())
-        if copies := model["optimizer"].get("fp32_groups"):  # in 16 bits; the later value of a name wins
-            for names, values in zip(optimizer_names, copies, strict=True):
-                yield from zip(names, values, strict=True)
+    if optimizers:
+        yield from ((name, whole.states[MASTER]) for name, whole in put_together(model, optimizers, False).items())
         return
-    shapes = {name: shape for group in model["param_shapes"] for name, shape in group.items()}
-    pieces: dict[str, list[Tensor]] = {name: [] for name in shapes}
-    for state in optimizers:
-        for name, piece in _of_stage_3(state, shapes) if "fp32_flat_groups" in state else _of_stage_1_or_2(state):
-            pieces[name].append(piece)
-    for name, shape in shapes.items():
-        yield name, torch.cat(pieces[name])[: shape.numel()].view(shape)
-
-
-def _of_stage_1_or_2(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A rank holds one flat piece of each group, and a map of which parameters (or parts of them) lie in it."""
-    for flat, places in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True):
-        yield from ((name, flat[place.start : place.start + place.numel]) for name, place in places.items())
-
-
-def _of_stage_3(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """A rank holds an equal share of every parameter, in order; the last rank's share is padded."""
-    flat = torch.cat(list(state["fp32_flat_groups"]))
-    begin = 0
-    for name, shape in shapes.items():
-        share = -(-shape.numel() // int(state["partition_count"]))
-        yield name, flat[begin : begin + share]
-        begin += share
+    yield from ((name, value.float()) for name, value in model["module"].items())
+    if copies := model["optimizer"].get("fp32_groups"):  # in 16 bits; the later value of a name wins
+        for names, values in zip(optimizer_names, copies, strict=True):
+            yield from zip(names, values, strict=True)
 
 
 def _parts(folder: Path, pattern: str) -> dict[int, dict[str, Any]]:
     """The files that match, by rank; tensors stay on disk until they are used."""
-    found = {}
-    for file in folder.glob(pattern):
-        rank = re.search(r"zero_pp_rank_(\d+)_", file.name)
-        found[int(rank[1]) if rank else 0] = _read_part(file)
-    return found
+    return {rank: _read_part(file) for rank, file in files_by_rank(folder, pattern).items()}
 
 
 def _read_part(file: Path) -> dict[str, Any]:

@@ -304,7 +304,7 @@ FIXED: Mapping[str, tuple[Any, str]] = {
     "bf16.bf16_optimizer_states": (False, "AdamW keeps its moments in fp32"),
     "zero_optimization.compute_grad_norm": (True, "clipping and the readings need the norm"),
     "zero_optimization.ignore_unused_parameters": (True, "frozen layers have no gradient"),
-    "zero_optimization.elastic_checkpoint": (False, "a run resumes with the ranks it was started with"),
+    "zero_optimization.elastic_checkpoint": (False, "dstrain itself shares out what other ranks saved"),
     "zero_optimization.legacy_stage1": (False, "DeepSpeed no longer has it"),
     "zero_optimization.zero_hpz_partition_size": (1, "dstrain has no second partition group"),
     "zero_optimization.zero_quantized_weights": (False, _LOSSY),

@@ -10,11 +10,12 @@ engine.step(lr_factor)                    # once per micro-batch too; the weight
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
+import math
 import os
 import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -22,13 +23,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dstrain.data.locking import locked
 from dstrain.optim import set_lr
+from dstrain.partitions import MASTER, Whole, files_by_rank, put_together
 from dstrain.schema import UserError
 
 # ------------------------------------------------------------------------------------------------- the ranks
@@ -177,7 +181,8 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        deepspeed = _deepspeed()
+        deepspeed = import_deepspeed()
+        _load_op(says_that_it_waits=place.local_rank == 0)
         with _silence():
             deepspeed.init_distributed(
                 dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
@@ -190,10 +195,10 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
 def leave_ranks() -> None:
     """Ends the process group, so that the interpreter can exit without complaint and another run may join anew."""
     if torch.distributed.is_initialized():
-        _deepspeed().comm.destroy_process_group()  # torch's own would leave DeepSpeed holding a group that is gone
+        import_deepspeed().comm.destroy_process_group()  # torch's own would leave DeepSpeed holding a group that is gone
 
 
-def _deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """DeepSpeed, imported late (it takes seconds) and with its chatter kept to warnings."""
     # The op is compiled with the ninja of this environment, which is not on PATH when nobody activated it.
     scripts = str(Path(sys.executable).parent)
@@ -219,6 +224,46 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
+def preload() -> None:
+    """Imports all that an engine will need, so that processes forked from here have it: seconds of a run's start.
+
+    Starts no thread and wakes no GPU; neither would survive the fork.
+    """
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks the driver's library what GPUs there are, and not CUDA
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import_deepspeed()
+    # Every optimizer of torch and of DeepSpeed imports torch's compiler, as slow as all the rest together.
+    for compiler in ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        import_module(compiler)
+
+
+def _load_op(says_that_it_waits: bool) -> None:
+    """Loads DeepSpeed's communication op for CPUs, which the first start on a machine compiles.
+
+    torch marks a build by a file. A build that is killed leaves it there, and every later one waits for it to go, for ever
+    and without a word. So starts come here one at a time, by a lock that dies with its holder: who has it takes away
+    what a dead one has left.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm.torch import build_shm_op
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or builder.name in builder._loaded_ops:  # on a GPU; in a process that has met ranks before
+        return
+
+    def waiting() -> None:
+        if says_that_it_waits:
+            print(f"waiting for another process that compiles DeepSpeed's op in {folder}", file=sys.stderr, flush=True)
+
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with locked(folder.with_name(f"{folder.name}.lock"), waiting):
+        (folder / "lock").unlink(missing_ok=True)
+        with _silence():
+            build_shm_op()
+
+
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """DeepSpeed prints to standard output; what is worth knowing of it, dstrain says itself."""
@@ -229,8 +274,17 @@ def _silence() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ the engine
 
 
+_SCALING = {"loss_scaler", "dynamic_loss_scale", "overflow"}
+_ENGINE_FOLDER = "engine"
+"""DeepSpeed's part of a checkpoint."""
+
+
 class Diverged(Exception):
     """The loss or a gradient is no longer a number, and nothing heals it."""
+
+
+class NotFinite(Exception):
+    """A step's loss or gradient is not finite. All ranks know it, no weight has moved, and the gradients are gone."""
 
 
 class Engine:
@@ -238,13 +292,19 @@ class Engine:
 
     def __init__(self, task: nn.Module, optimizer: torch.optim.Optimizer, plan: dict[str, Any], ranks: Ranks) -> None:
         """`plan` is what `ds_plan.resolve` returned; `task(batch)` returns (loss_sum, evidence)."""
-        deepspeed = _deepspeed()
+        deepspeed = import_deepspeed()
         self.ranks = ranks
         with _silence():
             self._ds, *_ = deepspeed.initialize(model=task.to(ranks.device), optimizer=optimizer, config=plan)
-        self._ds.checkpoint_engine = _safe_checkpoint_engine(self._ds.checkpoint_engine)
+        self._files = _keep_files(self._ds)
         self._stage = plan["zero_optimization"]["stage"]
         self._norm: Tensor | float = float("nan")
+        self._micro_batches = plan["gradient_accumulation_steps"]
+        self._done = 0
+        scaling = plan["fp16"] if plan.get("fp16", {}).get("enabled") and not plan["fp16"].get("loss_scale") else None
+        self._smallest_scale = float(scaling.get("min_loss_scale", 1)) if scaling else math.inf
+        self._shared = False
+        self._know_when_shared()
         self._names = [name for name, _ in task.named_parameters()]
         # At stage 0 in bf16 DeepSpeed takes a step with zero gradients to allocate the moments, and AdamW counts it.
         self._begin_anew(lambda group: True)
@@ -264,27 +324,120 @@ class Engine:
         DeepSpeed averages over the ranks, so the loss is multiplied by their number: the ranks' gradients add up to
         the gradient of the global mean. `scale_wrt_gas=False` leaves accumulation to the same arithmetic.
         """
-        self._ds.backward(loss * self.ranks.world, scale_wrt_gas=False)
+        self._ds.set_gradient_accumulation_boundary(self._done + 1 == self._micro_batches)
+        # 0 times a loss that is not finite is nan: then the gradient is not finite either, and one look at its norm,
+        # which the ranks have in common, tells both.
+        self._ds.backward(loss * (self.ranks.world + 0.0 * loss.detach()), scale_wrt_gas=False)
+
+    def expect(self, micro_batches: int) -> None:
+        """The next step is made of so many micro-batches, the same number on every rank; asked for before its first."""
+        assert self._done == 0, "a step has begun"
+        self._micro_batches, self._shared = micro_batches, False
 
     def step(self, lr: float) -> None:
-        """Counts a micro-batch; at a step's last one clips, updates with learning rate `lr` and zeroes gradients."""
-        if self._ds.is_gradient_accumulation_boundary():
-            set_lr(self._ds.optimizer, lr)
-            self._keep_norm()
-        try:
-            self._ds.step()
-        except Exception as error:
-            if "minimum" in str(error):  # what DeepSpeed raises when halving the loss scale no longer helps
-                raise Diverged(
-                    f"fp16 overflows at its smallest loss scale ({error}); lower the learning rate, or take bf16, fp32"
-                ) from error
-            raise
+        """Counts a micro-batch; at a step's last one clips, updates with learning rate `lr` and zeroes gradients.
 
-    def _keep_norm(self) -> None:
-        """At stage 0 in fp32 DeepSpeed clips without telling the norm; the gradients are all here, so take it first."""
-        if self._stage == 0 and self._ds.get_global_grad_norm() is None:
-            gradients = [parameter.grad for parameter in self._ds.module.parameters() if parameter.grad is not None]
-            self._norm = torch.nn.utils.get_total_norm(gradients)
+        Raises NotFinite when there is nothing finite to update with, unless a smaller loss scale mends it (fp16).
+        """
+        self._done += 1
+        if self._done < self._micro_batches:
+            self._ds.step()
+            return
+        self._done = 0
+        set_lr(self._ds.optimizer, lr)
+        scale, skipped = self._let_the_scale_rest(), self.skipped_steps
+        if self._plain and not self._norm_is_finite():
+            self._ds.zero_grad()
+            raise NotFinite
+        self._ds.step()
+        if self.skipped_steps > skipped:
+            self._forget_sums()
+            if not scale > self._smallest_scale:
+                raise NotFinite
+
+    @property
+    def _plain(self) -> bool:
+        """Whether DeepSpeed leaves the optimizer as it is (stage 0 in fp32): it neither looks at the norm nor tells it."""
+        return self._ds.optimizer is self._ds.basic_optimizer
+
+    def _norm_is_finite(self) -> bool:
+        gradients = [parameter.grad for parameter in self._ds.module.parameters() if parameter.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        return bool(torch.isfinite(self._norm))  # other stages wait for the device here inside DeepSpeed
+
+    def _let_the_scale_rest(self) -> float:
+        """The loss scale of this step; at its minimum DeepSpeed's scaler would raise with the gradients still there."""
+        scaler = getattr(self._ds.optimizer, "loss_scaler", None)
+        if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False
+        return self.loss_scale
+
+    def _know_when_shared(self) -> None:
+        """Notes when a step's gradients begin to go to the other ranks: from there on no rank can begin anew alone."""
+        share = self._ds._backward_epilogue
+
+        def noted() -> None:
+            self._shared = self._done + 1 == self._micro_batches
+            share()
+
+        self._ds._backward_epilogue = noted
+
+    @property
+    def can_forgo(self) -> bool:
+        """Whether this rank may give up the step that it is in without the others waiting for it (see `forgo`)."""
+        overlapping = bool(getattr(self._ds.optimizer, "overlap_comm", False))
+        return self._stage < 2 and not overlapping and not self._shared
+
+    def forgo(self, batch: Any) -> None:
+        """Ends a step that this rank cannot finish: nothing moves, on any rank. Always raises NotFinite.
+
+        Up to stage 1 the ranks meet only once, after a step's last micro-batch. There this rank puts in the gradient of
+        any small `batch`, made not a number, and the others learn of it as of any such gradient.
+        """
+        self._drop_gradients()
+        self._done = self._micro_batches - 1
+        self.spoil(batch)
+
+    def spoil(self, batch: Any) -> None:
+        """Takes `batch` as the step's last micro-batch and makes the step one that moves nothing. Raises NotFinite."""
+        scaler = getattr(self._ds.optimizer, "loss_scaler", getattr(self._ds.optimizer, "loss_scale_config", None))
+        skipped, scaling = self._ds.skipped_steps, dict(vars(scaler)) if scaler else {}
+        loss, _ = self(batch)
+        if self._stage < 3:  # whose parameters are whole: a batch that asks for no words has no gradient to spoil
+            loss = loss + next(parameter for parameter in self.task.parameters() if parameter.requires_grad).sum()
+        self.backward(loss * math.nan)
+        try:
+            self.step(0.0)
+            assert self._ds.skipped_steps > skipped, "a spoilt step was taken"
+        finally:  # training has not skipped this step, and no overflow has been seen
+            self._ds.skipped_steps = skipped
+            if scaler:
+                vars(scaler).update(scaling)
+        raise NotFinite
+
+    def _forget_sums(self) -> None:
+        """With an offloaded optimizer DeepSpeed would add the next steps to the sums of one that it has skipped."""
+        optimizer = self._ds.optimizer
+        if hasattr(optimizer, "all_grad_tensors"):
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+            optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
+
+    def _drop_gradients(self) -> None:
+        """Forgets what a step has summed up so far, wherever in it an error struck."""
+        optimizer = self._ds.optimizer
+        self._ds.zero_grad()
+        if self._plain:
+            return
+        optimizer.zero_grad()
+        self._forget_sums()
+        if self._stage == 1 and hasattr(optimizer, "ipg_buckets"):
+            for bucket in optimizer.ipg_buckets.values():
+                bucket.clear()
+            optimizer._release_ipg_buffers()
+            optimizer.micro_step_id = -1
+        if hasattr(optimizer, "_backward_hook_state"):
+            optimizer._backward_hook_state.backward_active_depth = 0
+            optimizer._backward_hook_state.reset_for_new_step()
 
     def set_group_scale(self, name: str, scale: float) -> None:
         """Multiplies the learning rate of the parameter groups called `name` (0 holds them still)."""
@@ -365,34 +518,25 @@ class Engine:
         # state_dict() leaves out non-persistent buffers; it is cheap here because it only makes views
         return set(self._ds.module.state_dict()) - set(self._names)
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Writes everything a resume needs to `folder`: under another name first, then renamed. Collective."""
-        draft = folder.with_name(folder.name + ".draft")
-        with self.ranks.first() as mine:
-            if mine:
-                shutil.rmtree(draft, ignore_errors=True)
-                draft.parent.mkdir(parents=True, exist_ok=True)
+    def snapshot(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A copy in memory of everything a resume needs: by file name, what this rank's files are to hold. Collective."""
+        self._files.clear()
         client_state = {"progress": json.dumps(state)}  # as text: a JSON number comes back bit for bit
-        self._ds.save_checkpoint(str(draft), tag="engine", client_state=client_state, save_latest=False)
-        with self.ranks.first() as mine:
-            if mine:
-                before = _before(folder)
-                shutil.rmtree(before, ignore_errors=True)
-                if folder.exists():
-                    folder.rename(before)
-                draft.rename(folder)
-                shutil.rmtree(before, ignore_errors=True)
+        self._ds.save_checkpoint(_ENGINE_FOLDER, tag=_ENGINE_FOLDER, client_state=client_state, save_latest=False)
+        return {f"{_ENGINE_FOLDER}/{Path(path).name}": content for path, content in self._files.items()}
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores what `save` wrote and returns its state. Collective. Raises UserError when it can't be read."""
-        saved_by = len(list((folder / "engine").glob("*_optim_states.pt")))  # none at stage 0, where ranks are alike
-        if saved_by not in (0, self.ranks.world):
-            raise UserError(
-                f"{folder}: this checkpoint was saved by {saved_by} ranks, and now there are {self.ranks.world}; "
-                "start with as many ranks as before"
-            )
+        """Restores the files of a snapshot and returns its state. Collective. Raises UserError when they can't be read.
+
+        They may be those of another number of ranks.
+        """
+        saved_by = len(list((folder / _ENGINE_FOLDER).glob("*_optim_states.pt")))  # none at stage 0, where ranks are alike
         try:
-            _, client = self._ds.load_checkpoint(str(folder), tag="engine", load_module_strict=True)
+            with _silence():
+                if saved_by in (0, self.ranks.world):
+                    _, client = self._ds.load_checkpoint(str(folder), tag=_ENGINE_FOLDER, load_module_strict=True)
+                else:
+                    client = self._share_out(folder / _ENGINE_FOLDER)
             return dict(json.loads(client["progress"]))
         except Exception as error:
             raise UserError(
@@ -400,22 +544,71 @@ class Engine:
                 "remove the folder to train its stage anew"
             ) from error
 
+    def _share_out(self, folder: Path) -> dict[str, Any]:
+        """Takes over what another number of ranks wrote: every parameter is put together, and this rank's share cut."""
+        ds, wrapper = self._ds, self._ds.optimizer
+        model, *states = (
+            ds.checkpoint_engine.load(str(file), map_location="cpu", mmap=True)
+            for file in (files_by_rank(folder, "*model_states.pt")[0], *files_by_rank(folder, "*optim_states.pt").values())
+        )
+        states = [state["optimizer_state_dict"] for state in states]
+        if self._stage == 3:
+            wrapper.checkpoint_event_prologue()
+        buffers = dict(ds.module.named_buffers())
+        with torch.no_grad():
+            for name in model["buffer_names"]:
+                buffers[name].copy_(model["module"][name])
+            self._pour(put_together(model, states))
+        # DeepSpeed reads back its own state: what depends on the masters follows them
+        scaling = {name: states[0][name] for name in _SCALING & states[0].keys()}
+        wrapper.load_state_dict({self.ranks.rank: wrapper.state_dict() | scaling}, load_from_fp32_weights=True)
+        if self._stage == 3:
+            wrapper.checkpoint_event_epilogue()
+        else:
+            wrapper.update_lp_params()
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            setattr(ds, name, model[name])
+        return model
+
+    def _pour(self, wholes: dict[str, Whole]) -> None:
+        """Fills this rank's flat masters and moments."""
+        wrapper, names = self._ds.optimizer, self._ds.param_names
+        if self._stage == 3:
+            flats = zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True)
+        else:  # stage 1 in bf16 is another class of DeepSpeed's
+            masters = [master for group in wrapper.optimizer.param_groups for master in group["params"]]
+            low = wrapper.bf16_groups if hasattr(wrapper, "bf16_groups") else wrapper.bit16_groups
+            flats = zip(masters, low, strict=True)
+        for flat, parameters in flats:
+            state = wrapper.optimizer.state[flat]
+            end = 0
+            for parameter in parameters:
+                if self._stage == 3:  # an equal share of each parameter, one after the other
+                    length = parameter.ds_tensor.numel()
+                    begin, offset = end, self.ranks.rank * length
+                    end += length
+                elif (place := parameter._hp_mapping) is None:  # all of it lies with other ranks
+                    continue
+                else:
+                    begin, length = place.hp_fragment_address.start, place.hp_fragment_address.numel
+                    offset = place.lp_fragment_address.start
+                whole = wholes[names[parameter]]
+                for key, full in whole.states.items():
+                    target = flat if key == MASTER else state.setdefault(key, torch.zeros_like(flat, requires_grad=False))
+                    piece = full.flatten()[offset : offset + length]  # the last share of stage 3 is padded
+                    target[begin : begin + len(piece)].copy_(piece)
+                state |= {key: copy.deepcopy(count) for key, count in whole.counts.items()}
+
     def close(self) -> None:
         """Frees the optimizer's hooks and buffers."""
         self._ds.destroy()
 
 
-def standing(folder: Path) -> Path | None:
-    """The checkpoint to go on from: what `save` left at `folder`, or the one before if a death came between its renames."""
-    return next((place for place in (folder, _before(folder)) if place.exists()), None)
+def _keep_files(ds: Any) -> dict[str, Any]:
+    """Has DeepSpeed put what it would write into the dictionary returned, and read with an allow-list.
 
-
-def _before(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".before")
-
-
-def _safe_checkpoint_engine(engine: Any) -> Any:
-    """The same checkpoint engine, reading with an allow-list: a checkpoint may have come from somebody else."""
+    The one, so that training goes on while somebody else writes; the other because a checkpoint may be somebody else's.
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
@@ -423,13 +616,32 @@ def _safe_checkpoint_engine(engine: Any) -> Any:
     torch.serialization.add_safe_globals(
         [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, tensor_fragment]
     )
+    files: dict[str, Any] = {}
 
-    class Allowing(type(engine)):  # type: ignore[misc]
-        def load(self, path: str, map_location: Any = None) -> Any:
-            return torch.load(path, map_location=map_location, weights_only=True)
+    class Keeping(type(ds.checkpoint_engine)):  # type: ignore[misc]
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            """Nothing is written here."""
 
-    engine.__class__ = Allowing
-    return engine
+        def save(self, state_dict: Any, path: str) -> None:
+            files[path] = host_copy(state_dict)
+
+        def load(self, path: str, map_location: Any = None, mmap: bool = False) -> Any:
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+
+    ds.checkpoint_engine.__class__ = Keeping
+    ds._copy_recovery_script = lambda folder: None  # a script that unpickles
+    return files
+
+
+def host_copy(value: Any) -> Any:
+    """A deep copy whose tensors lie in host memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        return type(value)((key, host_copy(inner)) for key, inner in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(host_copy(inner) for inner in value)
+    return copy.deepcopy(value)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -41,8 +41,9 @@ from dstrain.model.encoder import Encoder, EncoderSettings
 from dstrain.model.heads import ClassificationHead, MlmHead
 from dstrain.objective import Objective, ObjectiveSettings, Task
 from dstrain.packed import Batch, Sequences
-from dstrain.run import TEXTS_FILE, TextRecord, read_record, read_weights, stage_corpus
+from dstrain.run import read_record, read_weights, stage_corpus
 from dstrain.schema import Settings, UserError, read_yaml, setting, validate
+from dstrain.texts import TEXTS_FILE, TextRecord
 
 FORMAT = 1
 """Of the files in an export; raised when this module would no longer read the ones written before."""

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,10 +19,12 @@ import numpy as np
 import torch
 from pydantic import model_validator
 
+from dstrain.checkpoints import Checkpoints, Keep, Unsaved, bytes_of, put_in_place, room
 from dstrain.data.batches import EpochPlan, epoch_plan, evaluation_plan
 from dstrain.data.cache import Corpus, TokenSplit
 from dstrain.data.corpora import CorpusSettings
-from dstrain.engine import Diverged, Engine, Ranks, peak_memory_gb, standing
+from dstrain.engine import Diverged, Engine, Ranks, peak_memory_gb
+from dstrain.healing import Attempt, Healer, HealingSettings, Health
 from dstrain.metrics import Tally
 from dstrain.model.attention.report import DOCUMENTS, evenly, report_attention, summed_up
 from dstrain.objective import Objective, ObjectiveSettings, Task
@@ -72,6 +75,14 @@ class StageSettings(Settings):
     """Distance between progress lines."""
     checkpoint_every: int | None = setting(None, ge=1, unit="optimizer steps")
     """Distance between checkpoints to resume from; by default one after every evaluation."""
+    checkpoint_minutes: float | None = setting(None, gt=0, unit="minutes")
+    """Also a checkpoint at the first step that ends so long after the last one; null: the clock asks for none."""
+    keep_checkpoints: int = setting(2, ge=1)
+    """The last checkpoints that stay, besides that of the best evaluation; the others go when a new one is on disk."""
+    milestone_every: int | None = setting(None, ge=1, unit="optimizer steps")
+    """Distance between checkpoints that stay for good; null: there are none."""
+    healing: HealingSettings = HealingSettings()
+    """What is tried when a step fails."""
     attention_report_interval: int | None = setting(None, ge=1, unit="optimizer steps")
     """Distance between measurements of how near favor or lsh comes to exact attention; null: at start and end only."""
 
@@ -83,6 +94,11 @@ class StageSettings(Settings):
                 "would not fit in a micro-batch; lower the one or raise the other"
             )
         return self
+
+    @property
+    def keep(self) -> Keep:
+        """Which checkpoints stay."""
+        return Keep(self.keep_checkpoints, self.milestone_every, self.checkpoint_minutes)
 
     @property
     def selection(self) -> tuple[str, str]:
@@ -164,6 +180,7 @@ class Course:
         end = step == self.total_steps
         evaluation = end or step % self.evaluation_distance == 0
         checkpoint = step % (self._stage.checkpoint_every or self.evaluation_distance) == 0
+        checkpoint = checkpoint or self._stage.keep.is_milestone(step)
         attention = end or step % (self._stage.attention_report_interval or self.total_steps) == 0
         report = evaluation or checkpoint or attention or step % self._stage.report_every == 0
         return Due(report, evaluation, checkpoint, attention, end)
@@ -233,6 +250,12 @@ class Progress:
     stale: int = 0
     stopped: str = ""
     """Why the stage ended; empty while it runs."""
+    health: Health = field(default_factory=Health)
+    """What failing steps have changed."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.health, dict):  # as JSON has it
+            object.__setattr__(self, "health", Health(**self.health))
 
 
 class Interrupted(Exception):
@@ -251,38 +274,44 @@ class Site:
 
 def fit(
     engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, course: Course, site: Site,
-    report: Report, asked_to_stop: Callable[[], bool] = lambda: False,
+    checkpoints: Checkpoints, report: Report, asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Progress:  # fmt: skip
     """Trains one stage to its end, from its checkpoint where there is one.
 
     Leaves `best.safetensors` (the weights that the selection metric chose; the last ones without a validation split)
     in the stage's folder. `asked_to_stop` is called before every step on every rank; one that is asked stops them all.
-    Raises Interrupted after saving when that happens, Diverged when the loss is not a number.
+    Raises Interrupted after saving when that happens, Diverged when the loss is not a number, Unsaved when the disk does
+    not take what it must.
     """
-    ranks, split, checkpoint = engine.ranks, corpus.splits["train"], site.folder / "checkpoint"
-    there = standing(checkpoint)
-    saved = engine.load(there) if there else {}
+    ranks, split = engine.ranks, corpus.splits["train"]
+    saved = checkpoints.resume(engine)
     progress = Progress(**saved["progress"]) if saved else Progress()
     if progress.step == 0:
         look_at_attention(engine, objective, split, stage, site, progress, course.total_steps, report, adapt=True)
     meter = Meter(site.name, course, objective, engine, stage, progress)
     if saved:
         meter.restore(saved["unreported"])
+    healer = Healer(engine, stage.healing, site.name, site.folder, partial(diverged, site.name, stage))
+    progress = replace(progress, health=healer.begin(progress.health))
     hold_still(engine, stage, frozen=progress.step < course.thaw_step)
-    saved_at = progress.step if saved else -1
     for mine in prepared(course, split, objective, ranks, range(progress.step, course.total_steps)):
-        weight, asked = ranks.add(mine.weight, asked_to_stop())
-        if asked:
+        weight, asked, late = ranks.add(mine.weight, asked_to_stop(), checkpoints.late)
+        if asked or late:
             with meter.paused():
-                if saved_at != progress.step:
-                    save(engine, checkpoint, progress, meter)
+                save(engine, checkpoints, progress, meter)
+        if asked:
+            checkpoints.settle(needed=True)
             raise Interrupted(f"saved {site.name} at step {progress.step}")
         if mine.step == course.thaw_step and course.thaw_step:
             hold_still(engine, stage, frozen=False)
             engine.restart_moments("frozen")
         lr = lr_factor(mine.step, course.total_steps, stage.optim) * stage.optim.lr
-        take_step(engine, mine, max(weight, 1.0), meter, lr, site)
-        progress = replace(progress, step=mine.step + 1, tokens=progress.tokens + mine.tokens)
+        attempt = Attempt(engine, site.first_step + mine.step, mine.batches, max(weight, 1.0))
+        health = healer.step(attempt, mine.step + 1, progress.health, partial(take_step, attempt, meter, lr))
+        progress = replace(progress, step=mine.step + 1, tokens=progress.tokens + mine.tokens, health=health)
+        if healer.events:
+            step, tokens, seconds = progress.step, progress.tokens, progress.seconds
+            report(Reading(site.name, "events", step, course.total_steps, tokens, seconds, healer.events))
         due = course.due(progress.step)
         if due.report:
             progress = meter.report(progress, report)
@@ -294,27 +323,46 @@ def fit(
             if progress.stopped or due.end:
                 return replace(progress, stopped=progress.stopped or "finished")
             if due.checkpoint:
-                save(engine, checkpoint, progress, meter)
-                saved_at = progress.step
+                save(engine, checkpoints, progress, meter)
     return replace(progress, stopped="finished")  # resumed after its last step
 
 
-def save(engine: Engine, folder: Path, progress: Progress, meter: Meter) -> None:
-    """A checkpoint from which the stage goes on as if nothing had been."""
-    engine.save(folder, {"progress": asdict(progress), "unreported": meter.unreported()})
+def save(engine: Engine, checkpoints: Checkpoints, progress: Progress, meter: Meter) -> None:
+    """A checkpoint from which the stage goes on as if nothing had been, unless there is one of this step."""
+
+    def state() -> dict[str, Any]:
+        return {"progress": asdict(progress), "unreported": meter.unreported()}
+
+    checkpoints.save(engine, progress.step, progress.best_step, state)
 
 
-def take_step(engine: Engine, mine: Mine, weight: float, meter: Meter, lr: float, site: Site) -> None:
-    """One optimizer step: the gradient of the mean over all `weight` terms of all micro-batches of all ranks."""
-    task: Any = engine.task
-    for number, batch, documents in mine.batches:
-        task.set_step(site.first_step + mine.step, number)
-        on_device = batch.to(engine.ranks.device)
-        loss_sum, evidence = engine(on_device)
-        engine.backward(loss_sum / weight)
-        engine.step(lr)
-        meter.tally.add(on_device, loss_sum, evidence, documents)
+def take_step(attempt: Attempt, meter: Meter, lr: float, pieces: int = 1) -> None:
+    """One optimizer step: the gradient of the mean over all terms of all micro-batches of all ranks.
+
+    Raises NotFinite on all ranks or RanShort on this one; then nothing is counted.
+    """
+    engine = attempt.engine
+    engine.expect(len(attempt.batches) * pieces)
+    with counting(engine, meter.tally) as tally:
+        for number, piece in attempt.pieces(pieces):
+            on_device, loss_sum, evidence = attempt.learn(number, piece)
+            engine.step(lr)
+            if piece.counts:
+                tally.add(on_device, loss_sum, evidence, piece.documents)
     meter.lr = lr
+
+
+@contextmanager
+def counting(engine: Engine, tally: Tally) -> Iterator[Tally]:
+    """A step counts as a whole or not at all."""
+    before, skipped = tally.sums.clone(), engine.skipped_steps
+    try:
+        yield tally
+    except BaseException:
+        tally.sums.copy_(before)
+        raise
+    if engine.skipped_steps > skipped and not torch.isfinite(tally.sums).all():  # fp16 overflowed, and waits already
+        tally.sums.copy_(before)
 
 
 def hold_still(engine: Engine, stage: StageSettings, frozen: bool) -> None:
@@ -387,16 +435,21 @@ def diverged(name: str, stage: StageSettings, what: str) -> Diverged:
 
 
 def keep(engine: Engine, file: Path) -> None:
-    """Writes the full fp32 weights, whole or not at all."""
+    """Writes the full fp32 weights, whole or not at all. Raises Unsaved, on every rank."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    weights = engine.weights()
-    with engine.ranks.first() as mine:
-        if mine:
-            draft = file.with_suffix(".draft")
+    weights, problem, draft = engine.weights(), None, file.with_suffix(".draft")
+    if engine.ranks.rank == 0:
+        try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(weights, draft)
-            draft.rename(file)
+            put_in_place(draft, file)
+        except (OSError, SafetensorError) as error:
+            problem = f"{file}: the weights could not be written ({error}): {room(draft, bytes_of(weights))}; make room"
+            draft.unlink(missing_ok=True)
+    if problem := engine.ranks.agree(problem):
+        raise Unsaved(problem)
 
 
 @torch.no_grad()
@@ -460,7 +513,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def report(self, progress: Progress, report: Report) -> Progress:
-        """Sends a reading of everything since the last one; raises Diverged when the loss is not a number."""
+        """Sends a reading of everything since the last one."""
         engine, before = self._engine, self._reported
         engine.ranks.sum(self.tally.sums)
         figures = self.tally.figures()  # waits for the device, so the clock below is honest
@@ -480,8 +533,4 @@ class Meter:
         self._start(progress)
         total = self._course.total_steps
         report(Reading(self._name, "train", progress.step, total, progress.tokens, progress.seconds, figures))
-        # DeepSpeed skips a step without a finite gradient in any precision; only fp16's loss scale mends the next one
-        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(figures[name])]
-        if broken and engine.loss_scale == 1.0:
-            raise diverged(self._name, self._stage, f"{broken[0]} is not a number at step {progress.step}")
         return progress

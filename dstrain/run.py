@@ -8,27 +8,31 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dstrain.checkpoints import FOLDER as CHECKPOINTS
+from dstrain.checkpoints import Checkpoints, standing
 from dstrain.data.cache import Corpus, cache_home, open_corpus, open_vocabulary
 from dstrain.data.vocabulary import Vocabulary
 from dstrain.ds_plan import Facts, read_plan, resolve
 from dstrain.engine import Engine, Ranks
 from dstrain.evidence import collect
+from dstrain.healing import attend_in_fp32
 from dstrain.loop import Course, Progress, Site, StageSettings, evaluate, fit
 from dstrain.model.encoder import Encoder
 from dstrain.objective import Objective, Task
 from dstrain.optim import build_optimizer, parameter_groups
 from dstrain.precision import Precision, choose
 from dstrain.readings import Reading, Report
-from dstrain.schema import Settings, UserError, dump_yaml, setting
+from dstrain.regroup import regrouped
+from dstrain.schema import UserError, dump_yaml, validate
 from dstrain.settings import ROOT, RunSettings, plain
+from dstrain.texts import TEXTS_FILE, TextRecord, keep_or_refuse
 from dstrain.vitals import Vitals, with_vitals
 
 Say = Callable[[str], None]
@@ -52,24 +56,33 @@ class Watch:
     tag: Callable[[dict[str, str]], None]
     asked_to_stop: Callable[[], bool] = lambda: False
     """Called before every step, on every rank."""
+    may_end_there: bool = False
+    """Whether `asked_to_stop` may end the process: a checkpoint is on disk before it is called."""
 
 
-def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
+def run(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool = False) -> Outcome:
     """Trains every stage of a run, or goes on where its folder says it was, and reads the test split once.
 
-    The door has claimed the folder. Raises UserError for what only now shows (data, weights), Interrupted after saving,
-    Diverged.
+    The door has claimed the folder. Raises UserError for what only now shows (data, weights; text that has changed since
+    the run began, unless that is accepted), Interrupted after saving, Diverged.
     """
     folder = settings.folder
     precision = choose(settings.precision, ranks.device)
     if (folder / "outcome.json").exists():
         watch.say(f"{folder}: already finished")
         return Outcome(**read_record(folder / "outcome.json"))
-    vocabulary = run_vocabulary(settings, watch.say)
+    began_with = first_world(folder, ranks)
+    unfinished = [name for name in settings.stages if not (folder / "stages" / name / "done.json").exists()]
+    settings = regrouped(settings, began_with, ranks.world, unfinished)
+    if began_with != ranks.world:
+        watch.say(f"begun by {began_with} ranks, goes on with {ranks.world}: accumulation keeps every step as it was")
+    vocabulary = own_vocabulary(folder) or run_vocabulary(settings, watch.say)
     ready = make_ready(settings, vocabulary, precision, ranks, watch.say)
     with ranks.first() as mine:
         if mine:
-            leave_evidence(settings, vocabulary, ready, ranks)
+            write_whole(folder / RANKS_FILE, json.dumps({"ranks": began_with}))
+            texts = texts_of(settings, ready, unfinished, accept_changed_data, watch.say)
+            leave_evidence(settings, vocabulary, ready, texts, ranks)
     outcome, first_step, weights = Outcome(), 0, None
     report = with_vitals(watch.report, Vitals(ranks.device, watch.say), ranks.gather)
     noted: set[str] = set()
@@ -86,7 +99,7 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
             known = facts(task, precision, ranks)
             watch.tag(known)
             watch.say(f"{precision.reason}; attention: {task.encoder.kernel}")
-        progress = finished(site) or train(stage, ready[name], task, site, ranks, report, watch.asked_to_stop)
+        progress = finished(site) or train(stage, ready[name], task, site, ranks, replace(watch, report=report))
         watch.tag(known | {"attention_kernel": task.encoder.kernel})  # what ran; before, what was expected
         weights = read_weights(site.folder / "best.safetensors")
         first_step += progress.step
@@ -98,6 +111,8 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
         task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective)
         task.load_state_dict(weights)
         task.to(ranks.device, precision.dtype)
+        if progress.health.attention_in_fp32:
+            attend_in_fp32(task)
         figures = evaluate(task, objective, corpus.splits["test"], stage.tokens_per_batch, ranks)
         outcome.test.update(figures)
         watch.report(Reading(name, "test", progress.step, progress.step, progress.tokens, progress.seconds, figures))
@@ -108,16 +123,22 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
 
 
 def train(
-    stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ranks, report: Report,
-    asked_to_stop: Callable[[], bool],
-) -> Progress:  # fmt: skip
+    stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ranks, watch: Watch
+) -> Progress:
     """One stage on a DeepSpeed engine of its own."""
     optimizer = build_optimizer(groups(task, stage), stage.optim, ranks.device)
     engine = Engine(task, optimizer, ready.plan, ranks)
+    checkpoints = Checkpoints(site.folder / CHECKPOINTS, ranks, stage.keep, watch.say, watch.may_end_there)
     try:
-        progress = fit(engine, ready.objective, ready.corpus, stage, ready.course, site, report, asked_to_stop)
+        with checkpoints:
+            progress = fit(
+                engine, ready.objective, ready.corpus, stage, ready.course, site, checkpoints, watch.report,
+                watch.asked_to_stop,
+            )  # fmt: skip
     finally:
         engine.close()
+    if checkpoints.count:
+        watch.say(f"{site.name}: {checkpoints.cost}")
     with ranks.first() as mine:
         if mine:
             write_whole(site.folder / "done.json", json.dumps(asdict(progress)))
@@ -201,6 +222,11 @@ def run_vocabulary(settings: RunSettings, say: Say) -> Vocabulary:
     """The run's vocabulary: loaded, or trained on the training text of the first stage."""
     first = next(iter(settings.stages.values()))
     return open_vocabulary(settings.vocabulary, first.corpus, cache_home(), say)
+
+
+def own_vocabulary(folder: Path) -> Vocabulary | None:
+    """The vocabulary that a run has begun with, whatever has become of the text it was trained on; None before."""
+    return Vocabulary.load(folder / "vocabulary") if has_begun(folder) and (folder / "vocabulary").exists() else None
 
 
 def stage_corpus(stage: StageSettings, vocabulary: Vocabulary, say: Say) -> Corpus:
@@ -361,57 +387,25 @@ def set_aside(folder: Path) -> None:
             held.close()
 
 
-TEXTS_FILE = "data.json"
-"""A TextRecord of each stage. No artifact: notes may quote the text."""
+def texts_of(
+    settings: RunSettings, ready: dict[str, Ready], unfinished: list[str], accept_changed: bool, say: Say
+) -> dict[str, TextRecord]:
+    """A record of every stage's text. Raises UserError when one that is still to be read has changed on the way."""
+    now = {name: TextRecord.of(stage.corpus) for name, stage in ready.items()}
+    file = settings.folder / TEXTS_FILE
+    if not has_begun(settings.folder) or not file.exists():
+        return now
+    before = {name: validate(TextRecord, tree, str(file), f"{name}.") for name, tree in read_record(file).items()}
+    return keep_or_refuse(before, now, {*unfinished, [*ready][-1]}, accept_changed, say)  # the last one's test split
 
 
-class SplitRecord(Settings):
-    """How much text a split has."""
-
-    documents: int = setting(ge=0)
-    """Documents with at least one token."""
-    tokens: int = setting(ge=0, unit="tokens")
-    """What the model reads of them in one pass, [CLS] and [SEP] of every sequence included."""
-    classes: tuple[int, ...] = ()
-    """Documents of each class; empty without labels."""
-
-
-class TextRecord(Settings):
-    """What remains to be known of a stage's text when only the run folder is at hand."""
-
-    title: str
-    """What the corpus calls itself."""
-    fingerprint: str
-    """Equal for equal texts, labels and vocabulary."""
-    label_names: tuple[str, ...] = ()
-    """Names of the classes in the order of the logits."""
-    notes: tuple[str, ...] = ()
-    """What was left out, mapped, cut or shared between splits."""
-    splits: dict[str, SplitRecord]
-    """Of train, valid and test those that there are."""
-
-    @classmethod
-    def of(cls, corpus: Corpus) -> TextRecord:
-        """Of an open corpus."""
-        splits = {}
-        for name, split in corpus.splits.items():
-            classes: tuple[int, ...] = ()
-            if split.labels is not None:
-                _, firsts = np.unique(split.document, return_index=True)  # a window repeats its document's label
-                classes = tuple(np.bincount(split.labels[firsts], minlength=len(corpus.label_names)).tolist())
-            splits[name] = SplitRecord(documents=split.num_documents, tokens=int(split.lengths.sum()), classes=classes)
-        return cls(
-            title=corpus.title, fingerprint=corpus.fingerprint, label_names=corpus.label_names,
-            notes=tuple(corpus.notes), splits=splits,
-        )  # fmt: skip
-
-
-def leave_evidence(settings: RunSettings, vocabulary: Vocabulary, ready: dict[str, Ready], ranks: Ranks) -> None:
+def leave_evidence(
+    settings: RunSettings, vocabulary: Vocabulary, ready: dict[str, Ready], texts: dict[str, TextRecord], ranks: Ranks
+) -> None:
     """What made the run: code, environment, vocabulary, every stage's text, and the DeepSpeed JSON of every stage."""
     for name, stage in ready.items():
         write_whole(settings.folder / f"ds_config.{name}.json", json.dumps(stage.plan, indent=1))
-    texts = {name: plain(TextRecord.of(stage.corpus)) for name, stage in ready.items()}
-    write_whole(settings.folder / TEXTS_FILE, json.dumps(texts, indent=1))
+    write_whole(settings.folder / TEXTS_FILE, json.dumps({name: plain(text) for name, text in texts.items()}, indent=1))
     collect(ROOT, device=device_name(ranks), world_size=ranks.world).write(settings.folder)
     vocabulary.save(settings.folder / "vocabulary")
 
@@ -422,10 +416,27 @@ def run_files(folder: Path) -> list[Path]:
     return [file for name in (*here, "ds_config.*.json") for file in sorted(folder.glob(name))]
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether some stage of the run has left what another start goes on from."""
+    stages = list((folder / "stages").glob("*"))
+    return any((stage / "done.json").exists() or standing(stage / CHECKPOINTS) for stage in stages)
+
+
 def finished(site: Site) -> Progress | None:
     """The end of a stage that an earlier start of this run completed."""
     file = site.folder / "done.json"
     return Progress(**read_record(file)) if file.exists() else None
+
+
+RANKS_FILE = "ranks.json"
+"""How many ranks began the run: with their accumulation it says what a step is."""
+
+
+def first_world(folder: Path, ranks: Ranks) -> int:
+    """The number of ranks that a run's first stage was begun with; this one's, when none has begun."""
+    file = folder / RANKS_FILE
+    began = file.exists() and (folder / "stages").exists()
+    return int(read_record(file)["ranks"]) if began else ranks.world
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -474,6 +485,7 @@ class StageForecast:
     steps: int
     parameters: int
     plan: dict[str, Any]
+    disk: str
     notes: list[str]
 
 
@@ -486,10 +498,10 @@ def forecast(settings: RunSettings, world: int, device: torch.device, say: Say) 
     for name, ready in make_ready(settings, vocabulary, precision, ranks, say).items():
         task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), ready.objective)
         parameters = sum(parameter.numel() for parameter in task.parameters())
-        lengths = ready.corpus.splits["train"].lengths
+        lengths, steps = ready.corpus.splits["train"].lengths, ready.course.total_steps
+        zero_stage = ready.plan["zero_optimization"]["stage"]
+        disk = settings.stages[name].keep.on_disk(parameters, zero_stage, precision.name != "fp32", steps)
         found.append(
-            StageForecast(
-                name, len(lengths), int(lengths.sum()), ready.course.total_steps, parameters, ready.plan, ready.notes
-            )
+            StageForecast(name, len(lengths), int(lengths.sum()), steps, parameters, ready.plan, disk, ready.notes)
         )
     return found

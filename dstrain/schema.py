@@ -20,7 +20,20 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 
 class UserError(ValueError):
-    """A mistake of the person at the keyboard, told in one sentence per mistake; a door prints it and exits with 2."""
+    """A mistake of the person at the keyboard, told in one sentence per mistake; a door prints it and exits with 2.
+
+    Quoted from files, it may hold anything; what a terminal would obey or could not show is escaped.
+    """
+
+    def __init__(self, sentences: str) -> None:
+        super().__init__("\n".join(map(visible, sentences.split("\n"))))
+
+
+def visible(text: str) -> str:
+    """The text in one line: control characters, line breaks and half surrogates as the escapes that stand for them."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class Settings(BaseModel):
@@ -207,7 +220,9 @@ class Problem(NamedTuple):
 def complain(source: str, problems: Iterable[Problem]) -> UserError:
     """All problems in one error, a line each: `file: address: sentence`."""
     return UserError(
-        "\n".join(f"{source}: {p.address}: {p.sentence}" if p.address else f"{source}: {p.sentence}" for p in problems)
+        "\n".join(
+            f"{source}: {visible(p.address)}: {p.sentence}" if p.address else f"{source}: {p.sentence}" for p in problems
+        )
     )
 
 

@@ -140,7 +140,7 @@ def _count(value: Any) -> int | Literal["auto"]:
     raise ValueError(f"{value!r} is neither a whole number of 1 or more nor auto")
 
 
-Amount = Annotated[float | Literal["auto"], PlainValidator(_amount)]
+Amount = Annotated[int | float | Literal["auto"], PlainValidator(_amount)]
 Count = Annotated[int | Literal["auto"], PlainValidator(_count)]
 
 

@@ -56,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
         help="auto goes on where the run folder is; never sets that folder aside and starts anew",
     )
     words.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="go on though the text of a run that has begun is not the one it began with",
+    )
+    words.add_argument(
         "--full-size", action="store_true", help="leave out the file's `when` overrides for this machine"
     )
     words.add_argument(
@@ -150,31 +155,65 @@ def _dry_run(document: Document, settings: RunSettings) -> int:
             f"{stage.name:<10} {stage.parameters:,} parameters  {stage.documents:,} sequences  "
             f"{amount(stage.tokens_per_epoch)} tokens an epoch  {stage.steps:,} steps"
         )
+        print(f"           {stage.disk}")
         for note in stage.notes:
             print(f"           {note}")
     return 0
 
 
 def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettings) -> int:
+    from dstrain.checkpoints import Unsaved, full_disk
     from dstrain.engine import Diverged, join_ranks, leave_ranks
+    from dstrain.healing import OutOfMemory
+    from dstrain.lifeline import Lifeline
     from dstrain.loop import Interrupted
-    from dstrain.run import run
+    from dstrain.schema import UserError
     from dstrain.stopping import SAVED_COME_BACK
 
     ranks = join_ranks()
+    lifeline = Lifeline(ranks)
     try:
-        with ranks.first() as mine:
-            if mine:
-                _claim(settings, ranks, given.resume == "never", _silent if given.quiet else _say)
-        with _watching(settings, document, ranks.rank == 0, given.quiet) as watch:
-            outcome = run(settings, ranks, watch)
+        text, status = _summary(settings, _run(given, document, settings, ranks), given.file), 0
     except Interrupted as asked:
-        return _tell(ranks.rank, f"{asked}; the same command goes on from there", SAVED_COME_BACK)
-    except Diverged as error:
-        return _tell(ranks.rank, str(error), 1)
-    finally:
+        text, status = f"{asked}; the same command goes on from there", SAVED_COME_BACK
+    except (Diverged, Unsaved) as error:
+        text, status = str(error), 1
+    except UserError:
         leave_ranks()
-    return _tell(ranks.rank, _summary(settings, outcome, given.file), 0)
+        raise
+    except OutOfMemory as error:  # of this rank alone, and the others learn of it by its end
+        return _tell(0, str(error), SAVED_COME_BACK)
+    except Exception as error:
+        what = full_disk(error, settings.folder) or _trace(ranks.rank, ranks.world)
+        return _tell(0, lifeline.sentence if lifeline.broke(error) else what, 1)
+    lifeline.leave()
+    leave_ranks()
+    return _tell(ranks.rank, text, status)
+
+
+def _run(given: argparse.Namespace, document: Document, settings: RunSettings, ranks: Ranks) -> Outcome:
+    """The run under watch; a single rank whose memory ran out begins again at its checkpoint by itself."""
+    from dstrain.healing import OutOfMemory
+    from dstrain.run import run
+
+    with ranks.first() as mine:
+        if mine:
+            _claim(settings, ranks, given.resume == "never", _silent if given.quiet else _say)
+    with _watching(settings, document, ranks.rank == 0, given.quiet) as watch:
+        while True:
+            try:
+                return run(settings, ranks, watch, given.accept_changed_data)
+            except OutOfMemory as error:
+                if ranks.world > 1:
+                    raise
+                print(error, file=sys.stderr, flush=True)
+
+
+def _trace(rank: int, world: int) -> str:
+    """The error at hand, as Python tells it."""
+    import traceback
+
+    return (f"rank {rank} failed:\n" if world > 1 else "") + traceback.format_exc().rstrip()
 
 
 def _claim(settings: RunSettings, ranks: Ranks, anew: bool, say: Say) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 import socket
@@ -16,10 +17,11 @@ import torch
 from conftest import ROOT
 from torch import Tensor, nn
 
+from dstrain.checkpoints import Checkpoints, Keep
 from dstrain.ds_plan import Facts, read_plan, resolve
 from dstrain.engine import (
-    Diverged,
     Engine,
+    NotFinite,
     Place,
     Ranks,
     find_place,
@@ -314,6 +316,13 @@ def test_moments_restart_even_where_a_frozen_table_had_gradients(ranks: Ranks) -
 # ----------------------------------------------------------------------------------------------- to disk and back
 
 
+def save(engine: Engine, place: Path, state: dict[str, Any]) -> Path:
+    """A checkpoint on disk, as a stage writes it."""
+    with Checkpoints(place, engine.ranks, Keep(), print) as checkpoints:
+        checkpoints.save(engine, 1, 0, lambda: state)
+    return place / "step-00000001"
+
+
 def test_a_loaded_engine_goes_on_bit_for_bit(kind: tuple[str, str], ranks: Ranks, tmp_path: Path) -> None:
     plan, precision = kind
     whole = open_engine(Layers(), plan, ranks, precision)
@@ -323,12 +332,10 @@ def test_a_loaded_engine_goes_on_bit_for_bit(kind: tuple[str, str], ranks: Ranks
     for features in batches(5)[:3]:
         step(saved, features)
     state = {"step": 3, "best": 0.1 + 0.2, "sums": [float("nan"), 1e-300]}
-    saved.save(tmp_path / "checkpoint", state)
-    saved.save(tmp_path / "checkpoint", state)  # over an older one
+    folder = save(saved, tmp_path, state)
     saved.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"], "no draft stays"
     loaded = open_engine(Layers(), plan, ranks, precision)
-    assert repr(loaded.load(tmp_path / "checkpoint")) == repr(state)
+    assert repr(loaded.load(folder)) == repr(state)
     for features in batches(5)[3:]:
         step(loaded, features)
     assert equal(loaded.weights(), whole.weights())
@@ -336,25 +343,42 @@ def test_a_loaded_engine_goes_on_bit_for_bit(kind: tuple[str, str], ranks: Ranks
     whole.close()
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("plan", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_shares_that_are_put_together_and_cut_anew_are_the_same(
+    plan: str, precision: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    """What another number of ranks does with a checkpoint, done by one rank with its own: not a bit moves."""
+    whole, saved = (open_engine(Layers(), plan, ranks, precision) for _ in range(2))
+    for features in batches(3):
+        step(whole, features)
+        step(saved, features)
+    folder = save(saved, tmp_path, {})
+    saved.close()
+    loaded = open_engine(Layers(), plan, ranks, precision)
+    loaded._share_out(folder / "engine")
+    assert equal(loaded.weights(), whole.weights())
+    for features in batches(5)[3:]:
+        step(loaded, features)
+        step(whole, features)
+    assert equal(loaded.weights(), whole.weights())
+    loaded.close()
+    whole.close()
+
+
 def test_what_cannot_be_loaded_is_one_sentence(ranks: Ranks, tmp_path: Path) -> None:
     engine = open_engine(Layers(), "zero1", ranks)
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    with pytest.raises(UserError, match=r"checkpoint: this checkpoint cannot be read \(\S.*\); remove the folder"):
-        engine.load(folder)
-    engine.save(folder, {})
+    with pytest.raises(UserError, match=r"nothing: this checkpoint cannot be read \(\S.*\); remove the folder"):
+        engine.load(tmp_path / "nothing")
+    folder = save(engine, tmp_path, {})
     [weights] = folder.rglob("*model_states.pt")
     [moments] = folder.rglob("*optim_states.pt")
     intact = weights.read_bytes()
     weights.write_bytes(intact[:100])
-    with pytest.raises(UserError, match=r"checkpoint: this checkpoint cannot be read \(\S.*\); remove the folder"):
+    with pytest.raises(UserError, match=r"step-00000001: this checkpoint cannot be read \(\S.*\); remove the folder"):
         engine.load(folder)
     weights.write_bytes(intact)
-    moments.with_name(moments.name.replace("rank_0", "rank_1", 1)).write_bytes(moments.read_bytes())
-    with pytest.raises(UserError, match=r"was saved by 2 ranks, and now there are 1; start with as many"):
-        engine.load(folder)
-    for file in folder.rglob("*optim_states.pt"):
-        file.unlink()
+    moments.unlink()
     with pytest.raises(UserError, match=r"cannot be read \(.*_optim_states.pt"):
         engine.load(folder)
     engine.close()
@@ -372,12 +396,12 @@ class Bomb:
 
 def test_no_code_of_a_checkpoint_is_run(ranks: Ranks, tmp_path: Path) -> None:
     engine = open_engine(Layers(), "zero1", ranks)
-    engine.save(tmp_path / "checkpoint", {})
+    folder = save(engine, tmp_path, {})
     target = tmp_path / "opened"
-    for file in (tmp_path / "checkpoint").rglob("*.pt"):
+    for file in folder.rglob("*.pt"):
         torch.save({"module": Bomb(target)}, file)
     with pytest.raises(UserError, match="cannot be read"):
-        engine.load(tmp_path / "checkpoint")
+        engine.load(folder)
     assert not target.exists()
     pickle.loads(pickle.dumps(Bomb(target)))
     assert target.exists(), "the bomb is a real one"
@@ -396,25 +420,113 @@ def test_weights_are_all_that_a_task_needs(ranks: Ranks) -> None:
 # -------------------------------------------------------------------------------------------------- when it ends
 
 
-def test_fp16_at_its_smallest_scale_is_divergence(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's own scaler raises; a CPU has no fp16 training, so its `step` is called in the engine's place."""
+def test_an_overflow_is_a_fault_only_at_the_smallest_loss_scale(ranks: Ranks) -> None:
+    """A CPU has no fp16 training, so DeepSpeed's scaler of fp16 works in an engine of fp32."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    scaler = DynamicLossScaler(
-        init_scale=1, scale_window=2, min_scale=1, delayed_shift=1, consecutive_hysteresis=False
-    )
     engine = open_engine(Layers(), "zero1", ranks)
-    monkeypatch.setattr(engine._ds, "step", lambda: scaler.update_scale(True))
-    with pytest.raises(Diverged, match=r"fp16 overflows at its smallest loss scale \(.+\); lower the learning rate"):
-        engine.step(1e-3)
-
-    def other() -> None:
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr(engine._ds, "step", other)
-    with pytest.raises(RuntimeError, match="something else"):
-        engine.step(1e-3)
+    engine._smallest_scale = 2.0
+    engine._ds.optimizer.loss_scaler = DynamicLossScaler(
+        init_scale=8, scale_window=100, min_scale=2, delayed_shift=1, consecutive_hysteresis=False
+    )
+    [features] = batches(1)
+    before = engine.weights()
+    for scale, skipped in ((4, 1), (2, 2)):
+        step(engine, features * math.nan)  # no fault: DeepSpeed skips the step and mends the scale
+        assert (engine.loss_scale, engine.skipped_steps) == (scale, skipped)
+    with pytest.raises(NotFinite):
+        step(engine, features * math.nan)
+    assert equal(engine.weights(), before) and engine.loss_scale == 2
+    step(engine, features)
+    assert all(weight.isfinite().all() for weight in engine.weights().values()) and not equal(engine.weights(), before)
     engine.close()
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, math.nan), (1, math.inf)], ids=["nan first", "inf last"])
+def test_a_step_that_is_not_finite_moves_nothing(
+    kind: tuple[str, str], place: int, value: float, ranks: Ranks
+) -> None:
+    """Bad numbers in the first or the last micro-batch: moments and weights are as if the step had never been."""
+    plan, precision = kind
+    engine, twin = (open_engine(Layers(), plan, ranks, precision, accumulation=2, clip_norm=0.5) for _ in range(2))
+    good, bad, last = (batches(2, seed=seed) for seed in range(3))
+    bad[place] = bad[place] * value
+    for features in (*good, *last):
+        step(twin, features)
+    for features in good:
+        step(engine, features)
+    step(engine, bad[0])
+    with pytest.raises(NotFinite):
+        step(engine, bad[1])
+    for features in last:
+        step(engine, features)
+    assert equal(engine.weights(), twin.weights())
+    engine.close()
+    twin.close()
+
+
+def test_a_loss_that_is_not_finite_is_a_fault_even_where_no_gradient_shows_it(kind: tuple[str, str], ranks: Ranks) -> None:
+    plan, precision = kind
+    engine = open_engine(Layers(), plan, ranks, precision)
+    before = engine.weights()
+    [features] = batches(1)
+    loss, _ = engine(features.to(next(engine.task.parameters()).dtype))
+    engine.backward(loss + math.inf)
+    with pytest.raises(NotFinite):
+        engine.step(1e-2)
+    assert equal(engine.weights(), before)
+    engine.close()
+
+
+@pytest.mark.parametrize("how_far", ["forward", "in backward", "between micro-batches"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("plan", ["zero0", "zero1"])
+def test_a_step_can_be_given_up_anywhere(plan: str, precision: str, how_far: str, ranks: Ranks) -> None:
+    engine, twin = (open_engine(Layers(), plan, ranks, precision, accumulation=2) for _ in range(2))
+    dtype = next(engine.task.parameters()).dtype
+    good, given_up = (batches(2, seed=seed) for seed in range(2))
+    for _ in range(2):
+        for features in good:
+            step(twin, features)
+    for features in good:
+        step(engine, features)
+    step(engine, given_up[0])
+    if how_far != "between micro-batches":
+        loss, _ = engine(given_up[1].to(dtype))
+    if how_far == "in backward":
+        def stop(gradient: Tensor) -> None:
+            raise MemoryError("here")
+
+        parameter = next(parameter for name, parameter in engine.task.named_parameters() if name == "first.weight")
+        handle = parameter.register_hook(stop)
+        with pytest.raises(MemoryError, match="here"):
+            engine.backward(loss)
+        handle.remove()
+    assert engine.can_forgo
+    with pytest.raises(NotFinite):
+        engine.forgo(given_up[1].to(dtype))
+    for features in good:
+        step(engine, features)
+    assert equal(engine.weights(), twin.weights()) and engine.skipped_steps == 0
+    engine.close()
+    twin.close()
+
+
+def test_a_step_has_as_many_micro_batches_as_are_expected(kind: tuple[str, str], ranks: Ranks) -> None:
+    plan, precision = kind
+    engine, twin = (open_engine(Layers(), plan, ranks, precision, accumulation=count) for count in (1, 3))
+    for _ in range(2):
+        engine.expect(3)
+        for features in batches(3):
+            step(engine, features)
+            step(twin, features)
+    engine.expect(1)
+    step(engine, batches(1)[0])
+    twin.expect(1)
+    step(twin, batches(1)[0])
+    assert equal(engine.weights(), twin.weights())
+    engine.close()
+    twin.close()
 
 
 def test_deepspeed_does_not_warn_at_every_step(ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:

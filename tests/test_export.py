@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dstrain import __version__, export
 from dstrain.card import Judged, bare, bootstrap, wilson
+from dstrain.checkpoints import checksum
 from dstrain.consolidate import consolidate, find
 from dstrain.data.cache import Corpus, cache_home, open_corpus
 from dstrain.data.corpora import CorpusSettings
@@ -212,10 +213,10 @@ def test_the_last_checkpoint_of_two_ranks(
     done = launch(tmp_path, "torchrun", 2, str(write_run(small_corpus, tmp_path, "two", **changes)), "--quiet")
     assert done.returncode == 0, done.stderr
     check_last_is_best(tmp_path / "two", tmp_path)
-    for file in (tmp_path / "two").glob("stages/finetune/checkpoint/engine/*zero_pp_rank_1_*optim_states.pt"):
+    for file in (tmp_path / "two").glob("stages/finetune/checkpoints/step-*/engine/*zero_pp_rank_1_*optim_states.pt"):
         file.unlink()
     said = refused(capsys, tmp_path / "two", tmp_path / "three", "--weights", "last")
-    assert said.endswith("the part of rank 1 is missing; copy the whole checkpoint, or export best")
+    assert "optim_states.pt is missing" in said and said.endswith("or export best")
 
 
 class Evil:
@@ -229,8 +230,11 @@ class Evil:
 
 
 def test_a_checkpoint_that_holds_code_is_not_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (file,) = (run / "stages/finetune/checkpoint/engine").glob("*model_states.pt")
+    (file,) = run.glob("stages/finetune/checkpoints/step-*/engine/*model_states.pt")
     torch.save({"module": {}, "surprise": Evil(tmp_path / "ran")}, file)
+    manifest = json.loads((file.parents[1] / "manifest.json").read_text())
+    manifest["files"][f"engine/{file.name}"] = {"bytes": file.stat().st_size, "crc32": checksum(file)}
+    (file.parents[1] / "manifest.json").write_text(json.dumps(manifest))
     said = refused(capsys, run, tmp_path / "model", "--weights", "last")
     assert said.startswith(f"{file}: cannot be read as a checkpoint (it names posix.mkdir, which was not run)")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "model").exists()
@@ -240,7 +244,7 @@ def test_a_checkpoint_that_holds_code_is_not_run(run: Path, tmp_path: Path, caps
 def test_a_damaged_checkpoint_is_one_sentence(
     how: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run / "stages/finetune/checkpoint/engine"
+    (folder,) = run.glob("stages/finetune/checkpoints/step-*/engine")
     (file,) = folder.glob("*model_states.pt")
     if how == "cut":
         file.write_bytes(file.read_bytes()[:2000])
@@ -251,11 +255,11 @@ def test_a_damaged_checkpoint_is_one_sentence(
     else:
         file.unlink()
     said = refused(capsys, run, tmp_path / "model", "--weights", "last")
-    assert "export best" in said and str(folder.parent) in said
+    assert "export best" in said and str(folder.parent.parent) in said and file.name in said
 
 
 def test_a_share_of_another_model_is_told(run: Path) -> None:
-    folder = run / "stages/finetune/checkpoint/engine"
+    (folder,) = run.glob("stages/finetune/checkpoints/step-*/engine")
     (file,) = folder.glob("*optim_states.pt")
     share = {"single_partition_of_fp32_groups": [torch.zeros(5)] * 2, "param_slice_mappings": [{}, {}]}
     torch.save({"optimizer_state_dict": share}, file)

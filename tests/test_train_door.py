@@ -354,10 +354,10 @@ def test_a_refusal_neither_makes_nor_moves_a_folder(write: Write, tmp_path: Path
 
 
 @pytest.fixture
-def staged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RunSettings, Ranks, Watch], Outcome]], None]:
+def staged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RunSettings, Ranks, Watch, bool], Outcome]], None]:
     """Puts a play in place of the training; claiming, watching, reporting and ending stay real."""
 
-    def stage(play: Callable[[RunSettings, Ranks, Watch], Outcome]) -> None:
+    def stage(play: Callable[[RunSettings, Ranks, Watch, bool], Outcome]) -> None:
         monkeypatch.setattr("dstrain.engine.join_ranks", lambda: ONE)
         monkeypatch.setattr("dstrain.engine.leave_ranks", lambda: None)
         monkeypatch.setattr("dstrain.run.run", play)
@@ -368,7 +368,7 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RunSettings, 
 def test_a_finished_run_says_what_came_of_it(
     write: Write, answer: Callable[..., Answer], staged: Any, tmp_path: Path
 ) -> None:
-    def play(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
+    def play(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool) -> Outcome:
         watch.say("fp32: on a CPU")
         watch.tag({"device": "cpu"})
         watch.report(Reading("finetune", "valid", 8, 8, 100, 1.0, {"loss": 0.5}))
@@ -392,7 +392,7 @@ def test_a_finished_run_says_what_came_of_it(
 
 
 def test_quiet_leaves_the_outcome_alone(write: Write, answer: Callable[..., Answer], staged: Any) -> None:
-    def play(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
+    def play(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool) -> Outcome:
         watch.say("fp32: on a CPU")
         watch.report(Reading("finetune", "train", 8, 8, 100, 1.0, {"loss": 0.5}))
         return Outcome({"finetune": "finished"}, {"finetune": None}, {})
@@ -418,7 +418,7 @@ def test_quiet_leaves_the_outcome_alone(write: Write, answer: Callable[..., Answ
 def test_each_end_has_its_exit_status(
     write: Write, answer: Callable[..., Answer], staged: Any, error: Exception, status: int, said: str
 ) -> None:
-    def play(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
+    def play(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool) -> Outcome:
         raise error
 
     staged(play)
@@ -426,7 +426,7 @@ def test_each_end_has_its_exit_status(
 
 
 def test_a_signal_is_passed_on_to_the_run(write: Write, answer: Callable[..., Answer], staged: Any) -> None:
-    def play(settings: RunSettings, ranks: Ranks, watch: Watch) -> Outcome:
+    def play(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool) -> Outcome:
         assert not watch.asked_to_stop()
         os.kill(os.getpid(), signal.SIGUSR1)
         deadline = time.monotonic() + 5

@@ -11,6 +11,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -50,8 +51,8 @@ class TableSettings(Settings):
     @classmethod
     def _known_encoding(cls, name: str) -> str:
         try:
-            codecs.lookup(name)
-        except LookupError:
+            "a".encode(name).decode(name)  # which base64, a codec too, cannot
+        except (LookupError, ValueError):
             raise ValueError(
                 f"{name!r} is not an encoding Python knows; common ones are utf-8, cp1252, latin-1"
             ) from None
@@ -367,13 +368,13 @@ def _read_text(path: Path, settings: TableSettings) -> tuple[str, str]:
         return data.decode(encoding), ""
     except UnicodeDecodeError as error:
         first = f"byte 0x{data[error.start]:02x} at offset {error.start} is not {encoding.removesuffix('-sig')}"
-        wide = encoding.startswith(("utf-16", "utf-32"))
-        if not wide:
-            hint = ": if the file was written by Windows, set encoding: cp1252" if encoding.startswith("utf-8") else ""
-            return data.decode(encoding, "surrogateescape"), f" ({first}{hint})"
-        raise UserError(
-            f"{path}: {first}; set the encoding the file was written in, such as encoding: cp1252"
-        ) from None
+        hint = ": if the file was written by Windows, set encoding: cp1252" if encoding.startswith("utf-8") else ""
+        if not encoding.startswith(("utf-16", "utf-32")):
+            with suppress(UnicodeError):  # idna and its like have no place for a byte that is not theirs
+                return data.decode(encoding, "surrogateescape"), f" ({first}{hint})"
+    except UnicodeError as error:
+        first = f"is not {encoding} ({error})"
+    raise UserError(f"{path}: {first}; set the encoding the file was written in, such as encoding: cp1252")
 
 
 def _encoding(data: bytes, wanted: str) -> str:

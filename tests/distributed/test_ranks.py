@@ -117,6 +117,33 @@ def test_deepspeed_with_two_ranks_is_one_rank_with_twice_the_accumulation(
     check_same_curve(tmp_path / "two", tmp_path / "one", tolerance)
 
 
+def stopped_after(file: Path, world: int, stage: str, step: int) -> str:
+    """Starts the ranks one by one, asks all of them to stop once a step was told, and returns what the first said."""
+    port = free_port()
+    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            command("python", 1, str(file), "--quiet"), cwd=file.parent, stderr=subprocess.PIPE, text=True,
+            env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"},
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    folder = file.with_suffix("")
+    while all(rank.poll() is None for rank in ranks):
+        if (folder / "readings.jsonl").exists() and any(row[0] == stage and row[2] >= step for row in curve(folder)):
+            break
+        try:
+            ranks[0].wait(0.05)
+        except subprocess.TimeoutExpired:
+            pass
+    for rank in ranks:
+        rank.terminate()
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75] * world, said
+    return said[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 def test_two_ranks_stop_on_a_signal_and_go_on(zero: str, small_corpus: Path, tmp_path: Path) -> None:
@@ -126,29 +153,8 @@ def test_two_ranks_stop_on_a_signal_and_go_on(zero: str, small_corpus: Path, tmp
     whole = write_run(small_corpus, tmp_path, "whole", **HARD, **plan)
     cut = write_run(small_corpus, tmp_path, "cut", **HARD, **plan)
     assert launch(tmp_path, "torchrun", 2, str(whole), "--quiet").returncode == 0
-    port = free_port()
-    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            command("python", 1, str(cut), "--quiet"), cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-            env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    readings = tmp_path / "cut" / "readings.jsonl"
-    while all(rank.poll() is None for rank in ranks):
-        if readings.exists() and any(row[0] == "finetune" and row[2] >= 10 for row in curve(tmp_path / "cut")):
-            break
-        try:
-            ranks[0].wait(0.05)
-        except subprocess.TimeoutExpired:
-            pass
-    for rank in ranks:
-        rank.terminate()
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [75, 75], said
-    assert "saved finetune at step" in said[0] and "the same command goes on from there" in said[0]
+    said = stopped_after(cut, 2, "finetune", 10)
+    assert "saved finetune at step" in said and "the same command goes on from there" in said
     assert launch(tmp_path, "torchrun", 2, str(cut), "--quiet").returncode == 0
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     kept = [(tmp_path / name / "stages/finetune/best.safetensors").read_bytes() for name in ("cut", "whole")]
@@ -156,16 +162,36 @@ def test_two_ranks_stop_on_a_signal_and_go_on(zero: str, small_corpus: Path, tmp
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_is_told_in_a_sentence(small_corpus: Path, tmp_path: Path) -> None:
-    """A checkpoint of two ranks, and one rank that is to go on."""
-    two = write_run(small_corpus, tmp_path, "run", stages__finetune=None)
-    assert launch(tmp_path, "torchrun", 2, str(two)).returncode == 0
-    (tmp_path / "run/outcome.json").unlink()
-    (tmp_path / "run/stages/pretrain/done.json").unlink()
-    done = launch(tmp_path, "python", 1, str(two))
-    assert done.returncode == 2
-    assert "was saved by 2 ranks, and now there are 1; start with as many ranks as before" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("zero", "precision", "tolerance"),
+    [*((f"zero{stage}", "fp32", 1e-5) for stage in range(4)), ("zero2_offload", "fp32", 1e-5), ("zero1", "bf16", 2e-2)],
+)
+def test_other_numbers_of_ranks_go_on_by_themselves(
+    zero: str, precision: str, tolerance: float, small_corpus: Path, tmp_path: Path
+) -> None:
+    """1 -> 2 -> 1 ranks, before and after a thaw, against two ranks that nobody disturbed. 17 wide: shares are padded."""
+    plan: dict[str, Any] = {"deepspeed": f"ds_configs/{zero}.json", "precision": precision, "stages__pretrain": None}
+    plan |= {"stages__finetune__steps": 80, "stages__finetune__accumulation": 2, "encoder__hidden_size": 17, **HARD}
+    whole = write_run(small_corpus, tmp_path, "whole", **plan)
+    cut = write_run(small_corpus, tmp_path, "cut", **plan)
+    assert launch(tmp_path, "python", 1, str(whole), "--quiet").returncode == 0
+    stopped_after(cut, 1, "finetune", 10)
+    stopped_after(cut, 2, "finetune", 40)
+    done = launch(tmp_path, "python", 1, str(cut))
+    assert done.returncode == 0, done.stderr
+    check_same_curve(tmp_path / "cut", tmp_path / "whole", tolerance)
+    assert len({step for *_, step, _, _ in curve(tmp_path / "cut")}) == len(range(2, 81, 2))
+
+
+@pytest.mark.slow
+def test_a_number_of_ranks_that_does_not_fit_is_told_in_a_sentence(small_corpus: Path, tmp_path: Path) -> None:
+    file = write_run(small_corpus, tmp_path, "run", stages__pretrain=None, stages__finetune__steps=400)
+    stopped_after(file, 1, "finetune", 4)
+    done = launch(tmp_path, "torchrun", 2, str(file))
+    assert done.returncode != 0
+    assert "was begun by 1 rank(s), and 2 cannot share out the micro-batches of its steps evenly (finetune: 1)" in done.stderr
+    assert "; start it with 1 of them\n" in done.stderr and 'dstrain/engine.py"' not in done.stderr
+    assert launch(tmp_path, "python", 1, str(file), "--quiet").returncode == 0
 
 
 @pytest.mark.slow
@@ -196,10 +222,11 @@ def test_divergence_ends_with_status_1_and_a_sentence(small_corpus: Path, tmp_pa
     file = write_run(small_corpus, tmp_path, "run", stages__pretrain__optim__lr=1e6)
     done = launch(tmp_path, "python", 1, str(file))
     assert done.returncode == 1
-    assert "pretrain: loss is not a number at step 3; lower stages.pretrain.optim.lr" in done.stderr
+    assert "pretrain: loss is not a number at step 5 (3 batches were skipped before): the first number" in done.stderr
+    assert "; lower stages.pretrain.optim.lr" in done.stderr
     assert "Traceback" not in done.stderr
     two = launch(tmp_path, "torchrun", 2, str(file), "name=two")
-    assert two.returncode == 1 and two.stderr.count("is not a number at step 3") == 1
+    assert two.returncode == 1 and two.stderr.count("is not a number at step 5") == 1
 
 
 @pytest.mark.slow

@@ -16,11 +16,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # An arrow may only point to a lower number; arrows between equals only inside one folder.
 LEVELS = [
     {"schema", "packed"},
-    {"stopping", "readings", "evidence", "ledger", "ds_plan", "optim", "precision", "rungs", "space", "data", "model"},
+    {
+        "stopping", "readings", "evidence", "ledger", "ds_plan", "optim", "precision", "rungs", "space", "data", "model",
+        "splitting", "diagnosis", "partitions",
+    },
     {"metrics", "engine", "tracking", "vitals"},
-    {"objective"},
+    {"objective", "healing", "lifeline", "checkpoints"},
     {"loop"},
     {"settings"},
+    {"regroup", "texts"},
     {"run"},
     {"consolidate"},
     {"card"},

@@ -110,7 +110,7 @@ def folders(file: Path) -> list[Path]:
 
 def in_mid_trial(folder: Path) -> bool:
     """Whether a trial has something to go on from, and has not ended."""
-    return (folder / "stages" / "finetune" / "checkpoint").exists() and not (folder / "ended.json").exists()
+    return any((folder / "stages/finetune/checkpoints").glob("step-*[0-9]")) and not (folder / "ended.json").exists()
 
 
 def host_of(folder: Path) -> str:
@@ -245,7 +245,7 @@ def test_a_run_over_two_nodes_meets_its_time_limit_and_goes_on(office: Office) -
     file = office.run_file("trained")
     job = office.submit("train.sbatch", file)
     folder = office.folder / "runs" / "trained"
-    job.until("the run is under way", lambda: (folder / "stages" / "finetune" / "checkpoint").exists(), 240)
+    job.until("the run is under way", lambda: any((folder / "stages/finetune/checkpoints").glob("step-*[0-9]")), 240)
     job.signal("--signal=USR1", "--batch")
     job.until("the job is queued again", lambda: job.field("Restarts") == "1", 120)
     assert not (folder / "outcome.json").exists()

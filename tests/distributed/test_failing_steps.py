@@ -1,0 +1,93 @@
+"""A step that fails on one rank is left out, or taken again in pieces, on all of them; no rank waits for another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, tiny_run, train_here
+from test_ranks import BIN, DOUBLE, LAUNCHED, check_same_curve, write_run
+
+from dstrain.engine import Ranks, free_port
+from dstrain.readings import read_readings
+
+VICTIM = """\
+import math, os, sys
+sys.path.insert(0, {root!r})
+import torch
+from dstrain.model.encoder import Encoder
+rank, intact = int(os.environ["RANK"]), Encoder.forward
+
+def forward(self, batch):
+    hidden_TE = intact(self, batch)
+    if self.training and rank == 1:
+        {fault}
+    return hidden_TE
+Encoder.forward = forward
+from dstrain.train import main
+status = main()
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(status)
+"""
+NAN = "hidden_TE = hidden_TE * (math.nan if self.embedding_dropout.step == 2 else 1)"
+SHORT = "if batch.sequences.tokens > 300: {where}"
+FORWARD, BACKWARD = "torch.empty(1 << 50)", "hidden_TE.register_hook(lambda gradient: torch.empty(1 << 50))"
+
+
+def two_ranks(folder: Path, run: Path, fault: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "victim.py"
+    script.write_text(VICTIM.format(root=str(ROOT), fault=fault))
+    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    starter = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
+    return subprocess.run(
+        [*starter, str(script), str(run)], cwd=folder, env=environ, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_number_that_breaks_on_one_rank_is_skipped_by_both(zero: str, small_corpus: Path, tmp_path: Path) -> None:
+    run = write_run(small_corpus, tmp_path, "run", stages__finetune=None, deepspeed=f"ds_configs/{zero}.json")
+    done = two_ranks(tmp_path, run, NAN)
+    assert done.returncode == 0, done.stderr
+    [said] = [line for line in done.stderr.splitlines() if "is skipped" in line]
+    assert "pretrain: loss is not a number at step 3, and its batch is skipped: on rank 1 the first number" in said
+    told = [reading for reading in read_readings(tmp_path / "run") if reading.split == "events"]
+    assert [(reading.step, reading.values) for reading in told] == [(3, {"skipped_batches": 1.0})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [FORWARD, BACKWARD], ids=["forward", "backward"])
+@pytest.mark.parametrize("zero", ["zero0", "zero1"])
+def test_memory_that_runs_out_on_one_rank_cuts_on_both(
+    zero: str, where: str, small_corpus: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    changes = {"stages__finetune": None, "encoder__dropout": 0.0, "deepspeed": f"ds_configs/{zero}.json"}
+    done = two_ranks(tmp_path, write_run(small_corpus, tmp_path, "run", **changes), SHORT.format(where=where))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("ran out of memory; from now on each micro-batch is taken in 2 pieces") == 1
+    one = {**changes, **{key: value for key, value in DOUBLE.items() if "pretrain" in key}}
+    train_here(tiny_run(small_corpus, tmp_path, name="one", **one), ranks)
+    check_same_curve(tmp_path / "run", tmp_path / "one", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_where_ranks_meet_in_the_middle_of_a_step_the_same_command_goes_on_in_pieces(
+    zero: str, small_corpus: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    changes = {"stages__finetune": None, "encoder__dropout": 0.0, "deepspeed": f"ds_configs/{zero}.json"}
+    run = write_run(small_corpus, tmp_path, "run", **changes)
+    done = two_ranks(tmp_path, run, SHORT.format(where=FORWARD))
+    assert done.returncode != 0
+    assert "goes on from the last checkpoint, with each micro-batch in 2 pieces" in done.stderr
+    assert json.loads((tmp_path / "run/stages/pretrain/pieces.json").read_text()) == {"pieces": 2}
+    again = two_ranks(tmp_path, run, SHORT.format(where=FORWARD))
+    assert again.returncode == 0, again.stderr
+    one = {**changes, **{key: value for key, value in DOUBLE.items() if "pretrain" in key}}
+    train_here(tiny_run(small_corpus, tmp_path, name="one", **one), ranks)
+    check_same_curve(tmp_path / "run", tmp_path / "one", 1e-5)
