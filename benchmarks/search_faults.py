@@ -28,7 +28,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -50,6 +49,7 @@ OUTSIDE = ("killed", "out of memory", "hung", "node lost")
 KINDS = (*OUTSIDE, "overflow")
 NODES = 3
 SAMPLES_PER_SECOND = 10
+LONGEST_LOOK_SECONDS = 1.0
 MARK = "DSTRAIN_FAULTS"
 """In the environment of every process that this one starts, so that another's Ray is not taken for ours."""
 CLUSTERS_OWN = ("ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::IDLE")
@@ -124,12 +124,13 @@ class Slots:
     """By process."""
 
     def idle_share(self, until: float) -> float:
-        """Of the slots' time from the first training to `until`."""
-        busy, since = 0.0, next(moment for moment, count in self.seen if count)
+        """Of the slots' time from the first training to `until`; while a node was replaced nobody looked."""
+        busy, total, since = 0.0, 0.0, next(moment for moment, count in self.seen if count)
         for (moment, count), (following, _) in pairwise(self.seen):
-            if since <= moment and following <= until:
+            if since <= moment and following <= until and following - moment < LONGEST_LOOK_SECONDS:
                 busy += min(count, NODES) * (following - moment)
-        return 1 - busy / (NODES * (until - since))
+                total += NODES * (following - moment)
+        return 1 - busy / total
 
     def look(self) -> dict[str, psutil.Process]:
         """Notes who is there now; the process of each trial that has begun to work, which holds the trial's log open."""
@@ -218,7 +219,7 @@ class Faults:
             raylet = node.all_processes["raylet"][0].process.pid
             if raylet in above:
                 self.cluster.remove_node(node, allow_graceful=False)
-                threading.Thread(target=self.cluster.add_node, kwargs={"num_cpus": 1}).start()
+                self.cluster.add_node(num_cpus=1)
                 return
 
 
@@ -319,7 +320,11 @@ def measure(folder: Path, trials: int, share: float, steps: int, seed: int) -> d
             env={**os.environ, "RAY_ADDRESS": cluster.address},
         )  # fmt: skip
         started = time.monotonic()
-        watch(searching, slots, faults)
+        try:
+            watch(searching, slots, faults)
+        finally:
+            searching.terminate()  # when this process is interrupted
+            searching.wait()
         time.sleep(10)
         left, groups = left_behind(), groups_left(cluster.address)
     search = plan_search(read_document(file))

@@ -81,7 +81,8 @@ def short_of_memory(piece: Piece) -> Iterator[None]:
 
 def is_shortage(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the host."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
+    # The last one is what oneDNN says when it gets no memory.
+    words = ("can't allocate memory", "not enough memory", "out of memory", "could not create a primitive")
     shortage = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return shortage or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 

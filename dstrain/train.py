@@ -186,6 +186,7 @@ def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettin
     except Exception as error:
         what = full_disk(error, settings.folder) or _trace(ranks.rank, ranks.world)
         return _tell(0, lifeline.sentence if lifeline.broke(error) else what, 1)
+    ranks.barrier()  # a launcher ends the others as soon as one has left, and rank 0 may still talk to MLflow
     lifeline.leave()
     leave_ranks()
     return _tell(ranks.rank, text, status)

@@ -154,6 +154,21 @@ def ranks_of(trial: str) -> list[psutil.Process]:
     return found
 
 
+def to_its_end(searching: subprocess.Popen[str], trials: Path, slots: int) -> str:
+    """What a search says until it ends. All the while nothing trains ten seconds after its trial's end, whatever the end,
+    and whoever waits on a rung has no process either: there are never more for long than there are slots."""
+    deadline, fitted = time.monotonic() + 400, time.monotonic()
+    while searching.poll() is None and time.monotonic() < deadline:
+        for ended in list(trials.glob("*/ended.json")):
+            over = time.time() - ended.stat().st_mtime > 10
+            assert not (over and (left := ranks_of(ended.parent.name))), f"{ended.read_text()}: {left}"
+        if sum(bool(ranks_of(folder.name)) for folder in trials.glob("*")) <= slots:
+            fitted = time.monotonic()
+        assert time.monotonic() - fitted < 10
+        time.sleep(1)
+    return searching.communicate(timeout=60)[0]
+
+
 @pytest.mark.slow
 def test_trials_that_die_or_hang_go_on_from_their_checkpoints(small_corpus: Path, tmp_path: Path) -> None:
     """One is killed, one stops in the middle and says nothing, one dies too often: each is told, the others do not care."""
@@ -176,7 +191,7 @@ def test_trials_that_die_or_hang_go_on_from_their_checkpoints(small_corpus: Path
         wait_for(lambda: saved(doomed), searching)
         ranks_of(doomed)[0].kill()
         wait_for(lambda: not ranks_of(doomed), searching)
-    said, _ = searching.communicate(timeout=300)
+    said = to_its_end(searching, trials, slots=3)
     assert searching.returncode == 1, said
     search = plan_search(read_document(file))
     assert [candidate.state for candidate in search.candidates] == ["finished", "finished", "failed"], said
@@ -197,15 +212,17 @@ def test_a_learning_sampler_with_rungs_that_pause_and_finalists(small_corpus: Pa
     file = search_file(small_corpus, tmp_path, {"stages.finetune.optim.lr": {"log_uniform": [1e-4, 1e-2]}})
     options = (
         "search.trials=4", "search.sampler=tpe", "search.finalists={top: 1, seeds: 2}",
-        "search.scheduler={kind: asha, on_rung: pause, eta: 2, rungs: [0.5]}", "search.resources.cpus=0.5",
+        "search.scheduler={kind: asha, on_rung: pause, eta: 2, rungs: [0.5]}", "search.max_concurrent=1",
     )  # fmt: skip
-    done = tune(file, *options)
+    searching = begin(file, *options)
+    said = to_its_end(searching, tmp_path / "runs" / "tiny" / "trials", slots=1)
+    assert searching.returncode == 0, said
     search = plan_search(read_document(file, options))
     assert len(search.candidates) == 4 and search.is_over()
     assert sorted(candidate.state for candidate in search.candidates) == ["finished"] * 2 + ["stopped"] * 2
     ((one, two),) = search.finalists()
     assert [candidate.state for candidate in (one, two)] == ["finished"] * 2 and two.settings.seed == 1
-    assert "finalists at full length" in done.stdout and "waits" not in done.stdout
+    assert "finalists at full length" in said and "waits" not in said
     for name in ("trials.parquet", "parallel.png", "curves.png", "best.yaml"):
         assert (search.folder / name).exists()
     assert "all 4 trials have ended" in tune(file, *options).stdout
