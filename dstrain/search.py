@@ -85,7 +85,8 @@ class Candidate:
         return ended
 
     def fault(self, reason: str) -> None:
-        """Writes down a death after which it is started again."""
+        """Writes down a death after which it is started again; its node may be lost before it had a folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / FAULTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 3), "reason": reason}) + "\n")
 

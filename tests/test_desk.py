@@ -101,11 +101,11 @@ def test_a_death_is_kept_with_its_reason_and_shown(desk: Desk, capsys: pytest.Ca
     with desk:
         name = first(desk).id
         desk.started(name)
+        desk.died(name)  # before it had so much as a folder
+        desk.started(name)
         write_failure(first(desk).folder, "its node was lost")
         desk.died(name)
-        desk.started(name)
-        desk.died(name)
-    assert first(desk).faults() == ["its node was lost", DIED]
+    assert first(desk).faults() == [DIED, "its node was lost"]
     assert f"{name} starts again from its checkpoint: its node was lost" in capsys.readouterr().out
     first(desk).end("finished", "finished")
     assert desk.search.row(first(desk)).reason == "finished (after 2 restarts)"
