@@ -302,6 +302,7 @@ FIXED: Mapping[str, tuple[Any, str]] = {
     "fp16.fp16_master_weights_and_grads": (False, "AdamW keeps its master weights in fp32"),
     "bf16.bf16_master_weights_and_grads": (False, "AdamW keeps its master weights in fp32"),
     "bf16.bf16_optimizer_states": (False, "AdamW keeps its moments in fp32"),
+    "bf16.check_grad_overflow": (True, "a step that is not finite is found there"),
     "zero_optimization.compute_grad_norm": (True, "clipping and the readings need the norm"),
     "zero_optimization.ignore_unused_parameters": (True, "frozen layers have no gradient"),
     "zero_optimization.elastic_checkpoint": (False, "dstrain itself shares out what other ranks saved"),

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -93,6 +94,12 @@ def _first_host(environ: Mapping[str, str]) -> str:
     return listed.stdout.split()[0]
 
 
+def local_size(environ: Mapping[str, str]) -> int:
+    """How many ranks the launcher has on this machine, as far as it says so: torchrun, deepspeed, srun."""
+    said = environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    return int(re.split(r"\D", said)[0] or 1)  # srun's `4(x2),3` may list several machines
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port of this machine's address `host` on which nobody listens just now."""
     with socket.socket() as probe:
@@ -139,11 +146,11 @@ class Ranks:
             torch.distributed.barrier()
 
     def agree(self, value: Any) -> Any:
-        """Rank 0's value (plain data) on every rank."""
+        """Rank 0's value (plain data) on every rank; no device is waited for."""
         if self.world == 1:
             return value
         holder = [json.dumps(value)]
-        torch.distributed.broadcast_object_list(holder)
+        torch.distributed.broadcast_object_list(holder, group=self.hosts)
         return json.loads(holder[0])
 
     @contextlib.contextmanager
@@ -166,9 +173,10 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     """
     place = find_place(os.environ)
     cuda = torch.cuda.is_available()
-    if cuda and place.local_rank >= torch.cuda.device_count():
+    ranks_here = max(place.local_rank + 1, local_size(os.environ))
+    if cuda and ranks_here > torch.cuda.device_count():  # the same on every rank here, so that the first one tells
         raise UserError(
-            f"local rank {place.local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
+            f"{ranks_here} ranks on this machine, which shows {torch.cuda.device_count()} GPU(s); "
             "start as many ranks as there are GPUs, or look at CUDA_VISIBLE_DEVICES"
         )
     if not cuda:
@@ -258,6 +266,8 @@ def _load_op(says_that_it_waits: bool) -> None:
             print(f"waiting for another process that compiles DeepSpeed's op in {folder}", file=sys.stderr, flush=True)
 
     folder = Path(_get_build_directory(builder.name, verbose=False))
+    if not os.access(next(there for there in (folder, *folder.parents) if there.exists()), os.W_OK):
+        raise UserError(f"{folder}: DeepSpeed's op cannot be compiled there; set TORCH_EXTENSIONS_DIR to a folder that can")
     with locked(folder.with_name(f"{folder.name}.lock"), waiting):
         (folder / "lock").unlink(missing_ok=True)
         with _silence():
@@ -303,7 +313,7 @@ class Engine:
         self._done = 0
         scaling = plan["fp16"] if plan.get("fp16", {}).get("enabled") and not plan["fp16"].get("loss_scale") else None
         self._smallest_scale = float(scaling.get("min_loss_scale", 1)) if scaling else math.inf
-        self._shared = False
+        self._shared = self._spoiling = False
         self._know_when_shared()
         self._names = [name for name, _ in task.named_parameters()]
         # At stage 0 in bf16 DeepSpeed takes a step with zero gradients to allocate the moments, and AdamW counts it.
@@ -345,15 +355,28 @@ class Engine:
             return
         self._done = 0
         set_lr(self._ds.optimizer, lr)
-        scale, skipped = self._let_the_scale_rest(), self.skipped_steps
+        scale, skipped, scaling = self._let_the_scale_rest(), self.skipped_steps, dict(self._scaling)
         if self._plain and not self._norm_is_finite():
             self._ds.zero_grad()
             raise NotFinite
         self._ds.step()
-        if self.skipped_steps > skipped:
-            self._forget_sums()
-            if not scale > self._smallest_scale:
-                raise NotFinite
+        if self.skipped_steps == skipped:
+            return
+        self._forget_sums()
+        # Only the rank that spoilt a step knows that no scale was to blame, and all have lowered theirs.
+        spoilt = math.isfinite(self._smallest_scale) and any(self.ranks.add(float(self._spoiling)))
+        if spoilt:
+            self._scaling.update(scaling)
+        if spoilt or not scale > self._smallest_scale:
+            self._ds.skipped_steps = skipped  # whoever hears of it counts it
+            raise NotFinite
+
+    @property
+    def _scaling(self) -> dict[str, Any]:
+        """The state of the loss scaler."""
+        wrapper = self._ds.optimizer
+        scaler = getattr(wrapper, "loss_scaler", getattr(wrapper, "loss_scale_config", None))
+        return vars(scaler) if scaler else {}
 
     @property
     def _plain(self) -> bool:
@@ -400,20 +423,18 @@ class Engine:
 
     def spoil(self, batch: Any) -> None:
         """Takes `batch` as the step's last micro-batch and makes the step one that moves nothing. Raises NotFinite."""
-        scaler = getattr(self._ds.optimizer, "loss_scaler", getattr(self._ds.optimizer, "loss_scale_config", None))
-        skipped, scaling = self._ds.skipped_steps, dict(vars(scaler)) if scaler else {}
+        scaling = dict(self._scaling)
         loss, _ = self(batch)
         if self._stage < 3:  # whose parameters are whole: a batch that asks for no words has no gradient to spoil
             loss = loss + next(parameter for parameter in self.task.parameters() if parameter.requires_grad).sum()
         self.backward(loss * math.nan)
+        self._spoiling = True
         try:
             self.step(0.0)
-            assert self._ds.skipped_steps > skipped, "a spoilt step was taken"
-        finally:  # training has not skipped this step, and no overflow has been seen
-            self._ds.skipped_steps = skipped
-            if scaler:
-                vars(scaler).update(scaling)
-        raise NotFinite
+        finally:
+            self._spoiling = False
+            self._scaling.update(scaling)  # no overflow has been seen
+        raise AssertionError("a spoilt step was taken")
 
     def _forget_sums(self) -> None:
         """With an offloaded optimizer DeepSpeed would add the next steps to the sums of one that it has skipped."""
@@ -486,7 +507,7 @@ class Engine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that fp16 left out because a gradient overflowed."""
+        """Steps left out because a gradient overflowed, for which fp16 then lowered its loss scale."""
         return int(self._ds.skipped_steps)
 
     def weights(self) -> dict[str, Tensor]:
@@ -523,7 +544,9 @@ class Engine:
         self._files.clear()
         client_state = {"progress": json.dumps(state)}  # as text: a JSON number comes back bit for bit
         self._ds.save_checkpoint(_ENGINE_FOLDER, tag=_ENGINE_FOLDER, client_state=client_state, save_latest=False)
-        return {f"{_ENGINE_FOLDER}/{Path(path).name}": content for path, content in self._files.items()}
+        files = {f"{_ENGINE_FOLDER}/{Path(path).name}": content for path, content in self._files.items()}
+        self._files.clear()  # whoever writes them frees them
+        return files
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restores the files of a snapshot and returns its state. Collective. Raises UserError when they can't be read.

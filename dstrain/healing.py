@@ -8,6 +8,7 @@ and all ranks decide alike.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,10 @@ class RanShort(Exception):
 
 class OutOfMemory(Exception):
     """Memory ran out where a rank cannot give up a step alone: the stage begins again at its checkpoint, in more pieces."""
+
+
+class TooLarge(Exception):
+    """Memory runs out though no micro-batch can be cut any finer. This rank alone may know."""
 
 
 @contextmanager
@@ -141,8 +146,13 @@ class Healer:
         """Puts the task into the state that a checkpoint tells of, or that a start which ran out of memory left."""
         if health.attention_in_fp32:
             attend_in_fp32(self._engine.task)
-        noted = json.loads(self._note.read_text())["pieces"] if self._note.exists() else 1
-        return replace(health, pieces=self._engine.ranks.agree(max(health.pieces, noted)))
+        return replace(health, pieces=self._engine.ranks.agree(max(health.pieces, self._noted())))
+
+    def _noted(self) -> int:
+        try:
+            return int(json.loads(self._note.read_text())["pieces"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 1
 
     def step(self, attempt: Attempt, number: int, health: Health, take: Callable[[int], None]) -> Health:
         """Has optimizer step `number` of the stage taken by `take(pieces)`, or left out, and says what was done.
@@ -177,9 +187,9 @@ class Healer:
         except Exception as error:
             if not is_shortage(error):
                 raise
-            raise self._begin_anew(health, str(error)) from error
+            raise self._begin_anew(attempt, health, str(error)) from error
         if not self._engine.can_forgo:
-            raise self._begin_anew(health, shortage["asked"])
+            raise self._begin_anew(attempt, health, shortage["asked"])
         # Only here is the error gone, and with it what its frames held on to.
         gc.collect()
         if self._engine.ranks.device.type == "cuda":
@@ -197,14 +207,19 @@ class Healer:
             "held": peak_memory_gb(self._engine.ranks.device), "asked": str(error),
         }  # fmt: skip
 
+    @property
+    def _way_out(self) -> str:
+        return (
+            f"lower stages.{self._name}.max_length, set encoder.activation_checkpointing, or take a device with more memory"
+        )
+
     def _cut_finer(self, shortages: list[dict[str, Any]], number: int, health: Health) -> Health:
         alone = next((found for found in shortages if found["sequences"] == 1), None)
         if alone:
             raise Diverged(
                 f"{self._name}: document {alone['document']} of the training split ({alone['tokens']} tokens in one sequence) "
                 f"does not fit into memory even alone, at step {number}: {alone['held']:.1f} GB were held at most, and "
-                f"then: {alone['asked']}; lower stages.{self._name}.max_length, set encoder.activation_checkpointing, or "
-                "take a device with more memory"
+                f"then: {alone['asked']}; {self._way_out}"
             )
         pieces = 2 * health.pieces
         self.events["pieces"] = float(pieces)
@@ -214,10 +229,18 @@ class Healer:
         )
         return replace(health, pieces=pieces)
 
-    def _begin_anew(self, health: Health, asked: str) -> OutOfMemory:
+    def _begin_anew(self, attempt: Attempt, health: Health, asked: str) -> OutOfMemory | TooLarge:
+        if health.pieces >= max(len(documents) for _, _, documents in attempt.batches):
+            longest = max(int(length) for _, batch, _ in attempt.batches for length in batch.sequences.lengths)
+            return TooLarge(
+                f"{self._name}: memory runs out with one document at a time (the longest of this step has {longest} tokens; "
+                f"{asked}); {self._way_out}"
+            )
         pieces = 2 * health.pieces
         self._note.parent.mkdir(parents=True, exist_ok=True)
-        self._note.write_text(json.dumps({"pieces": pieces}))
+        draft = self._note.with_suffix(f".{self._engine.ranks.rank}.draft")
+        draft.write_text(json.dumps({"pieces": pieces}))
+        draft.replace(self._note)
         return OutOfMemory(
             f"{self._name}: memory ran out in the middle of a step that the ranks take together ({asked}); the same "
             f"command goes on from the last checkpoint, with each micro-batch in {pieces} pieces"
@@ -246,16 +269,19 @@ class Healer:
         engine = self._engine
         pieces = list(attempt.pieces(health.pieces))
         engine.expect(len(pieces) + 1)
-        loss_is_finite = True
+        loss_is_finite, end = True, engine.spoil
         with Watched(engine.task) as watched:
-            for number, piece in pieces:
-                _, loss_sum, _ = attempt.learn(number, piece)
-                engine.step(0.0)
-                loss_is_finite &= bool(torch.isfinite(loss_sum))
-        try:
-            engine.spoil(attempt.smallest())
-        except NotFinite:
-            pass
+            try:
+                for number, piece in pieces:
+                    _, loss_sum, _ = attempt.learn(number, piece)
+                    engine.step(0.0)
+                    loss_is_finite &= bool(torch.isfinite(loss_sum))
+            except RanShort as error:  # watching takes memory too
+                if not engine.can_forgo:
+                    raise self._begin_anew(attempt, health, str(error)) from error
+                end = engine.forgo
+        with contextlib.suppress(NotFinite):
+            end(attempt.smallest())
         mine: dict[str, Any] = {"loss": loss_is_finite, "rank": engine.ranks.rank, "order": None}
         if (finding := watched.finding) is not None:
             documents = ids(pieces[finding.call][1].documents)

@@ -42,6 +42,10 @@ class Lifeline:
         for rank, link in self._links.items():
             threading.Thread(target=self._listen, args=(rank, link), name="lifeline", daemon=True).start()
 
+    def ending(self) -> None:
+        """This rank is about to end; who is gone before is no news any more."""
+        self._over = True
+
     def leave(self) -> None:
         """Tells the others that this rank ends as it should, and they have nothing to fear."""
         self._over = True

@@ -29,7 +29,7 @@ READINGS_FILE = "readings.jsonl"
 class Reading:
     """Numbers of one moment of one stage, equal on every rank.
 
-    `stage` and `split` ("train", "valid", "test", "attention", "system") name the source, `step` counts optimizer steps
+    `stage` and `split` ("train", "valid", "test", "attention", "system", "events") name the source, `step` counts optimizer steps
     within the stage, `tokens` real tokens of the stage so far over all ranks, `seconds` its training time so far. There
     is at most one reading per (stage, split, step), and steps only grow.
     """

@@ -22,13 +22,13 @@ from dstrain.data.vocabulary import Vocabulary
 from dstrain.ds_plan import Facts, read_plan, resolve
 from dstrain.engine import Engine, Ranks
 from dstrain.evidence import collect
-from dstrain.healing import attend_in_fp32
+from dstrain.healing import OutOfMemory, attend_in_fp32
 from dstrain.loop import Course, Progress, Site, StageSettings, evaluate, fit
 from dstrain.model.encoder import Encoder
 from dstrain.objective import Objective, Task
 from dstrain.optim import build_optimizer, parameter_groups
 from dstrain.precision import Precision, choose
-from dstrain.readings import Reading, Report
+from dstrain.readings import Reading, Report, say_aloud
 from dstrain.regroup import regrouped
 from dstrain.schema import UserError, dump_yaml, validate
 from dstrain.settings import ROOT, RunSettings, plain
@@ -120,6 +120,17 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: 
         if mine:
             write_whole(folder / "outcome.json", json.dumps(asdict(outcome), indent=1))
     return outcome
+
+
+def run_patiently(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool = False) -> Outcome:
+    """`run`; a lone rank whose memory ran out begins again at its checkpoint, which then goes on in smaller pieces."""
+    while True:
+        try:
+            return run(settings, ranks, watch, accept_changed_data)
+        except OutOfMemory as error:
+            if ranks.world > 1:
+                raise
+            say_aloud(str(error))
 
 
 def train(

@@ -7,7 +7,8 @@ import signal
 import threading
 
 SAVED_COME_BACK = 75
-"""Exit status of what was asked to stop and saved: EX_TEMPFAIL, on which a scheduler's script may requeue."""
+"""Exit status of what was asked to stop and saved, or has to begin again at its checkpoint: EX_TEMPFAIL, on which a
+scheduler's script may requeue."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

@@ -21,6 +21,7 @@ sys.path[:] = [str(_here.parent)] + [entry for entry in sys.path if Path(entry o
 
 if TYPE_CHECKING:
     from dstrain.engine import Ranks
+    from dstrain.lifeline import Lifeline
     from dstrain.run import Outcome, Say, Watch
     from dstrain.settings import Document, RunSettings
 
@@ -32,7 +33,7 @@ examples
   python dstrain/train.py --explain stages.<name>.optim
 
 exit status
-  0 finished   1 failed   2 a mistake in the settings or the data   75 saved on a signal: the same command goes on
+  0 finished   1 failed   2 a mistake in the settings or the data   75 come back: the same command goes on
 """
 
 
@@ -164,7 +165,7 @@ def _dry_run(document: Document, settings: RunSettings) -> int:
 def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettings) -> int:
     from dstrain.checkpoints import Unsaved, full_disk
     from dstrain.engine import Diverged, join_ranks, leave_ranks
-    from dstrain.healing import OutOfMemory
+    from dstrain.healing import OutOfMemory, TooLarge
     from dstrain.lifeline import Lifeline
     from dstrain.loop import Interrupted
     from dstrain.schema import UserError
@@ -173,7 +174,7 @@ def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettin
     ranks = join_ranks()
     lifeline = Lifeline(ranks)
     try:
-        text, status = _summary(settings, _run(given, document, settings, ranks), given.file), 0
+        text, status = _summary(settings, _run(given, document, settings, ranks, lifeline), given.file), 0
     except Interrupted as asked:
         text, status = f"{asked}; the same command goes on from there", SAVED_COME_BACK
     except (Diverged, Unsaved) as error:
@@ -181,8 +182,8 @@ def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettin
     except UserError:
         leave_ranks()
         raise
-    except OutOfMemory as error:  # of this rank alone, and the others learn of it by its end
-        return _tell(0, str(error), SAVED_COME_BACK)
+    except (OutOfMemory, TooLarge) as error:  # of this rank alone, and the others learn of it by its end
+        return _tell(0, str(error), SAVED_COME_BACK if isinstance(error, OutOfMemory) else 1)
     except Exception as error:
         what = full_disk(error, settings.folder) or _trace(ranks.rank, ranks.world)
         return _tell(0, lifeline.sentence if lifeline.broke(error) else what, 1)
@@ -192,22 +193,22 @@ def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettin
     return _tell(ranks.rank, text, status)
 
 
-def _run(given: argparse.Namespace, document: Document, settings: RunSettings, ranks: Ranks) -> Outcome:
-    """The run under watch; a single rank whose memory ran out begins again at its checkpoint by itself."""
-    from dstrain.healing import OutOfMemory
-    from dstrain.run import run
+def _run(
+    given: argparse.Namespace, document: Document, settings: RunSettings, ranks: Ranks, lifeline: Lifeline
+) -> Outcome:
+    """The run under watch."""
+    from dstrain.run import run_patiently
+    from dstrain.schema import UserError
 
     with ranks.first() as mine:
         if mine:
             _claim(settings, ranks, given.resume == "never", _silent if given.quiet else _say)
     with _watching(settings, document, ranks.rank == 0, given.quiet) as watch:
-        while True:
-            try:
-                return run(settings, ranks, watch, given.accept_changed_data)
-            except OutOfMemory as error:
-                if ranks.world > 1:
-                    raise
-                print(error, file=sys.stderr, flush=True)
+        try:
+            return run_patiently(settings, ranks, watch, given.accept_changed_data)
+        except UserError:
+            lifeline.ending()  # others may be gone before what this rank has to track is sent
+            raise
 
 
 def _trace(rank: int, world: int) -> str:

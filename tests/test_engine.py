@@ -117,7 +117,7 @@ def test_more_ranks_than_gpus_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="local rank 1 has no GPU: this machine shows 1; start as many ranks"):
+    with pytest.raises(UserError, match=r"2 ranks on this machine, which shows 1 GPU\(s\); start as many ranks"):
         join_ranks()
 
 
@@ -439,6 +439,30 @@ def test_an_overflow_is_a_fault_only_at_the_smallest_loss_scale(ranks: Ranks) ->
     assert equal(engine.weights(), before) and engine.loss_scale == 2
     step(engine, features)
     assert all(weight.isfinite().all() for weight in engine.weights().values()) and not equal(engine.weights(), before)
+    engine.close()
+
+
+def test_a_step_that_was_spoilt_blames_no_loss_scale(ranks: Ranks) -> None:
+    """With a scale that could still be lowered DeepSpeed takes it for an overflow, on every rank."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    engine = open_engine(Layers(), "zero1", ranks)
+    engine._smallest_scale = 2.0
+    engine._ds.optimizer.loss_scaler = DynamicLossScaler(
+        init_scale=8, scale_window=100, min_scale=2, delayed_shift=1, consecutive_hysteresis=False
+    )
+    [features] = batches(1)
+    before = engine.weights()
+    with pytest.raises(NotFinite):
+        engine.forgo(features)
+    assert (engine.loss_scale, engine.skipped_steps) == (8, 0) and equal(engine.weights(), before)
+    engine.close()
+
+
+def test_a_snapshot_is_kept_by_nobody_else(ranks: Ranks) -> None:
+    """It takes as much memory as the model and its moments."""
+    engine = open_engine(Layers(), "zero1", ranks)
+    assert engine.snapshot({}) and not engine._files
     engine.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dstrain.engine import Diverged, Ranks
-from dstrain.healing import Attempt, OutOfMemory, ids, is_shortage
+from dstrain.healing import Attempt, OutOfMemory, TooLarge, ids, is_shortage
 from dstrain.loop import Interrupted
 from dstrain.model.block import Block
 from dstrain.model.encoder import Encoder
@@ -221,6 +222,21 @@ def test_where_memory_runs_out_the_same_step_is_taken_in_pieces(
     if zero in ("zero0", "zero1"):
         assert events(told) == [(1, {"pieces": 4.0})]
         assert "step 1 ran out of memory; from now on each micro-batch is taken in 4 pieces" in capsys.readouterr().err
+
+
+def test_where_only_a_new_start_helps_there_is_an_end_to_new_starts(
+    small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_memory(monkeypatch, 60)
+    tree = run_of(small_corpus, tmp_path, deepspeed="ds_configs/zero2.json")
+
+    def start_again() -> None:
+        for _ in range(10):
+            with contextlib.suppress(OutOfMemory):
+                train_here(tree, ranks)
+
+    with pytest.raises(TooLarge, match=r"finetune: memory runs out with one document at a time \(the longest .* 6\d tokens"):
+        start_again()
 
 
 def test_a_document_that_does_not_fit_alone_is_named(

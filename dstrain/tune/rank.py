@@ -99,10 +99,11 @@ def work(line: Connection, order: Order) -> int:
         Rank(line).train(order)
     except Exception as error:
         from dstrain.engine import Diverged
+        from dstrain.healing import TooLarge
         from dstrain.schema import UserError
 
         write_failure(Path(order.run["output_dir"]) / order.run["name"], error)
-        return 2 if isinstance(error, (UserError, Diverged)) else 1
+        return 2 if isinstance(error, (UserError, Diverged, TooLarge)) else 1
     return 0
 
 
@@ -139,7 +140,7 @@ class Rank:
         """Runs the run to its end, or until it is told to stop and has saved."""
         from dstrain.engine import join_ranks, leave_ranks
         from dstrain.loop import Interrupted
-        from dstrain.run import run
+        from dstrain.run import run_patiently
         from dstrain.schema import validate
         from dstrain.settings import RunSettings
 
@@ -149,10 +150,11 @@ class Rank:
             if mine:
                 claim_patiently(settings)
         try:
-            run(settings, ranks, self._watch(settings.folder, order.metric, ranks.rank))
+            run_patiently(settings, ranks, self._watch(settings.folder, order.metric, ranks.rank))
+            self._hand_over()
         except Interrupted:
-            return
-        self._hand_over()
+            pass  # what was asked for
+        ranks.barrier()
         leave_ranks()
 
     def _watch(self, folder: Path, metric: str, rank: int) -> Watch:
@@ -164,7 +166,8 @@ class Rank:
         log = (folder / "train.log").open("a", buffering=1, encoding="utf-8")
 
         def say(sentence: str) -> None:
-            print(sentence, file=log)
+            with contextlib.suppress(OSError):  # a full disk is no reason to stop, and may be what is said
+                print(sentence, file=log)
             self._say({})
 
         report = fan_out(JsonLines(folder), lambda reading: self._note(reading, metric))

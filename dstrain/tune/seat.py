@@ -103,5 +103,8 @@ class Seat:
         self._empty.wait(END_SECONDS)
 
     def _send(self, message: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # who listened has died, which the news tell
+        try:
             self._line.send_bytes(json.dumps(message).encode())
+        except OSError:  # the nursery has died, perhaps while nobody listened to its news
+            self._news.put({"ended": -signal.SIGKILL})
+            self._empty.set()

@@ -57,8 +57,9 @@ def trial(config: dict[str, Any]) -> None:
     bell, start = ray.get_actor(BELL), uuid.uuid4().hex
     if not ray.get(bell.begin.remote(plan["id"])):
         return
-    run, folder = _run_of(plan)
+    folder = Path(plan["run"]["output_dir"]) / plan["run"]["name"]
     try:
+        run = _run_of(plan, folder)
         seats = _take_seats(plan)
         threading.Thread(target=_free_when_dismissed, args=(bell, plan["id"], seats, start), daemon=True).start()
         _begin(seats, start, plan, run)
@@ -73,7 +74,7 @@ def trial(config: dict[str, Any]) -> None:
         return
     except Exception as error:
         write_failure(folder, error, reason_of(error))  # unless a rank has written its own
-        _give_up_seats()
+        _give_up_seats(_seats)
         raise
     finally:
         _free(_seats, start)
@@ -119,12 +120,14 @@ def _free(seats: Sequence[Any], start: str) -> None:
     except Exception:
         gone = [False]
     if not all(gone):
-        _give_up_seats()
+        _give_up_seats(seats)
 
 
-def _give_up_seats() -> None:
-    while _seats:
-        ray.kill(_seats.pop())
+def _give_up_seats(seats: Sequence[Any]) -> None:
+    for seat in tuple(seats):
+        ray.kill(seat)
+        if seat in _seats:  # and not those that a later trial took
+            _seats.remove(seat)
 
 
 def _free_when_dismissed(bell: Any, name: str, seats: Sequence[Any], start: str) -> None:
@@ -145,7 +148,7 @@ def _progress(seats: Sequence[Any], bell: Any, silence_seconds: float) -> Iterat
         listening = [*asked, *([rung] if rung is not None else [])]
         done, _ = ray.wait(listening, num_returns=1, timeout=max(0.0, heard + patience - time.monotonic()))
         if not done:
-            raise Fault(f"hung: reported nothing for {silence_seconds / 60:g} minutes (search.silence_minutes)")
+            raise Fault(f"hung: reported nothing for {patience / 60:g} minutes (search.silence_minutes)")
         found = ray.get(done[0])
         if done[0] == rung:
             rung = None
@@ -155,9 +158,9 @@ def _progress(seats: Sequence[Any], bell: Any, silence_seconds: float) -> Iterat
         if "ended" in found:
             _check(found["ended"])
             continue
-        heard, patience = time.monotonic(), silence_seconds
         if "progress" in found:
             yield Progress(*found["progress"])
+        heard, patience = time.monotonic(), silence_seconds  # what Tune took to answer is not the trial's silence
         asked[seat.news.remote()] = seat
 
 
@@ -174,20 +177,19 @@ def _check(status: int) -> None:
 # -------------------------------------------------------------------------------------------------- the run
 
 
-def _run_of(plan: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
-    """The settings of the trial's run and its folder; under PBT with the state of the trial it was told to follow."""
+def _run_of(plan: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of the trial's run; under PBT with the state of the trial it was told to follow."""
     from dstrain.space import apply
 
     changed = plan.get("mutable", {})
     run = apply(plan["run"], changed)
-    folder = Path(run["output_dir"]) / run["name"]
     checkpoint = tune.get_checkpoint() if changed else None
     if checkpoint is not None:
         from dstrain.exchange import take_over
 
         with checkpoint.as_directory() as pack:
             take_over(folder, run, Path(pack), changed)
-    return run, folder
+    return run
 
 
 class _exchanged:

@@ -130,6 +130,9 @@ def test_whoever_dies_takes_along_what_is_below(small_corpus: Path, tmp_path: Pa
     nursery.kill()
     assert next_of(seat, "ended") == -signal.SIGKILL
     assert gone(child)
+    seat.begin("after", order(tree(small_corpus, tmp_path)))
+    assert next_of(seat, "ended") == -signal.SIGKILL, "nobody waits for a nursery that died while it had nothing to do"
+    assert seat.end("after")
     seat.close()
 
     program = f"""
