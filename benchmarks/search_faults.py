@@ -40,7 +40,7 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
-from dstrain.readings import READINGS_FILE, read_readings
+from dstrain.readings import READINGS_FILE
 from dstrain.schema import dump_yaml
 from dstrain.search import Candidate, plan_search
 from dstrain.settings import ROOT, read_document
@@ -160,7 +160,8 @@ class Slots:
             followed[stay.nursery] = stay
             if before is not None:
                 handed.append(max(0.0, stay.created - before.last_seen))
-            lines = (self.trials / stay.trial / READINGS_FILE).read_text().splitlines()
+            file = self.trials / stay.trial / READINGS_FILE
+            lines = file.read_text().splitlines() if file.exists() else []
             steps = [line["time"] for line in map(json.loads, lines) if line["split"] == "train"]
             first = next((moment for moment in steps if moment >= stay.created), None)
             if first is not None:
@@ -281,7 +282,7 @@ def _failure(candidate: Candidate) -> set[str]:
 
 def _doubled(candidate: Candidate) -> bool:
     """Whether a step was reported twice: what was computed again after a death must replace what was reported before."""
-    steps = [(r.stage, r.split, r.step) for r in read_readings(candidate.folder)] if candidate.folder.exists() else []
+    steps = [(r.stage, r.split, r.step) for r in candidate.readings()]
     return len(steps) != len(set(steps))
 
 

@@ -29,6 +29,9 @@ from dstrain.tune.trial import trial
 
 ROOM_SECONDS = 5.0
 """So old may be what the driver believes of the cluster's room."""
+NODE_PATIENCE = 8
+"""So many more deaths of a trial's actor than of its own processes: for half a minute after its end Ray takes a node for
+alive, and starts trials there that die at once."""
 CARRIED = ("DSTRAIN_", "HF_", "NCCL_", "GLOO_", "OMP_", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR")
 """Variables of the driver that every rank gets."""
 
@@ -91,7 +94,7 @@ class Driver:
             run_config=tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"), storage_path=str((search.folder / "ray").resolve()), verbose=0,
                 callbacks=[Events(desk, bell, self._stop)], stop=Until(desk, self._stop),
-                failure_config=tune.FailureConfig(max_failures=search.settings.max_failures),
+                failure_config=tune.FailureConfig(max_failures=search.settings.max_failures + NODE_PATIENCE),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=4),  # only PBT hands Tune any
             ),
         )  # fmt: skip
@@ -111,6 +114,7 @@ class Driver:
             "ranks": self._needs.ranks,
             "bundle": self._needs.bundle,
             "grace_steps": self._grace_steps,
+            "max_failures": search.settings.max_failures,
             "silence_seconds": 60 * search.settings.silence_minutes,
             "environ": {name: value for name, value in os.environ.items() if _carried(name)},
         }

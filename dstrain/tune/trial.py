@@ -6,6 +6,7 @@ outlive a process lies in the run folder, so a trial that is started again goes 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import tempfile
@@ -51,7 +52,7 @@ def trial(config: dict[str, Any]) -> None:
     """A Tune function trainable: has the ranks trained, reports what they report, ends when they end.
 
     A mistake of the user's or a diverged loss ends the trial for good. Anything else is written down and raised, and Tune
-    starts the trial again from its checkpoint, up to search.max_failures times.
+    starts the trial again from its checkpoint; after search.max_failures such faults it ends as failed.
     """
     plan = config["trial"]
     bell, start = ray.get_actor(BELL), uuid.uuid4().hex
@@ -75,6 +76,8 @@ def trial(config: dict[str, Any]) -> None:
     except Exception as error:
         write_failure(folder, error, reason_of(error))  # unless a rank has written its own
         _give_up_seats(_seats)
+        if own_faults(folder) >= plan["max_failures"]:
+            return
         raise
     finally:
         _free(_seats, start)
@@ -211,6 +214,16 @@ class _exchanged:
     def __exit__(self, *error: object) -> None:
         if self._place is not None:
             self._place.cleanup()
+
+
+def own_faults(folder: Path) -> int:
+    """The deaths so far that were the trial's own; those of its actor, which goes with its node, Tune counts."""
+    from dstrain.desk import DIED
+    from dstrain.search import FAULTS_FILE
+
+    file = folder / FAULTS_FILE
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return sum(json.loads(line)["reason"] != DIED for line in lines)
 
 
 def reason_of(error: BaseException) -> str:
