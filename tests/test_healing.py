@@ -145,6 +145,7 @@ def test_in_16_bits_attention_goes_over_to_fp32(
     assert dtypes[-1] == torch.float32, "the test split is read with it too"
 
 
+@pytest.mark.slow
 def test_what_was_done_is_in_the_checkpoint(
     small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -102,13 +103,19 @@ def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
         timeout=60,
     )
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
-    assert "usage: train.py" in done.stdout and "75 saved on a signal" in done.stdout
+    assert "usage: train.py" in done.stdout and "75 come back" in done.stdout
     seconds = []
     for _ in range(3):
-        before = time.perf_counter()
+        before = used_by_children()
         assert command("--help").returncode == 0
-        seconds.append(time.perf_counter() - before)
+        seconds.append(used_by_children() - before)
     assert min(seconds) < 0.3
+
+
+def used_by_children() -> float:
+    """CPU seconds of the processes that have ended: no clock that others on the machine can slow."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_a_mistake_is_a_sentence_and_exit_status_2(write: Write, tmp_path: Path) -> None:

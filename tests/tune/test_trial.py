@@ -118,6 +118,7 @@ def test_a_run_that_is_ended_is_gone_and_only_the_run_that_was_meant(
     assert next_of(seat, "ended") == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_whoever_dies_takes_along_what_is_below(small_corpus: Path, tmp_path: Path) -> None:
     """The nursery killed under its child, then a process that holds a seat: nothing stays behind."""
     seat = Seat({"OMP_NUM_THREADS": "1"})
