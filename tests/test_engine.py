@@ -420,8 +420,8 @@ def test_weights_are_all_that_a_task_needs(ranks: Ranks) -> None:
 # -------------------------------------------------------------------------------------------------- when it ends
 
 
-def test_an_overflow_is_a_fault_only_at_the_smallest_loss_scale(ranks: Ranks) -> None:
-    """A CPU has no fp16 training, so DeepSpeed's scaler of fp16 works in an engine of fp32."""
+def with_a_loss_scale(ranks: Ranks) -> Engine:
+    """A CPU has no fp16 training, so DeepSpeed's scaler of fp16 works in an engine of fp32: from 8, not below 2."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     engine = open_engine(Layers(), "zero1", ranks)
@@ -429,6 +429,11 @@ def test_an_overflow_is_a_fault_only_at_the_smallest_loss_scale(ranks: Ranks) ->
     engine._ds.optimizer.loss_scaler = DynamicLossScaler(
         init_scale=8, scale_window=100, min_scale=2, delayed_shift=1, consecutive_hysteresis=False
     )
+    return engine
+
+
+def test_an_overflow_is_a_fault_only_at_the_smallest_loss_scale(ranks: Ranks) -> None:
+    engine = with_a_loss_scale(ranks)
     [features] = batches(1)
     before = engine.weights()
     for scale, skipped in ((4, 1), (2, 2)):
@@ -444,13 +449,7 @@ def test_an_overflow_is_a_fault_only_at_the_smallest_loss_scale(ranks: Ranks) ->
 
 def test_a_step_that_was_spoilt_blames_no_loss_scale(ranks: Ranks) -> None:
     """With a scale that could still be lowered DeepSpeed takes it for an overflow, on every rank."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-
-    engine = open_engine(Layers(), "zero1", ranks)
-    engine._smallest_scale = 2.0
-    engine._ds.optimizer.loss_scaler = DynamicLossScaler(
-        init_scale=8, scale_window=100, min_scale=2, delayed_shift=1, consecutive_hysteresis=False
-    )
+    engine = with_a_loss_scale(ranks)
     [features] = batches(1)
     before = engine.weights()
     with pytest.raises(NotFinite):
