@@ -198,13 +198,13 @@ class Faults:
             if kind is None or trial in self.injected or not self._has_saved(trial):
                 continue
             with contextlib.suppress(psutil.Error):
-                self._inject(kind, process)
-                self.injected[trial] = kind
+                if self._inject(kind, process):
+                    self.injected[trial] = kind
 
     def _has_saved(self, trial: str) -> bool:
         return any((self.slots.trials / trial / "stages").glob("*/checkpoints/step-*[0-9]"))
 
-    def _inject(self, kind: str, process: psutil.Process) -> None:
+    def _inject(self, kind: str, process: psutil.Process) -> bool:
         if kind == "killed":
             process.kill()
         elif kind == "hung":
@@ -212,16 +212,18 @@ class Faults:
         elif kind == "out of memory":
             process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))
         else:
-            self._lose_node(process)
+            return self._lose_node(process)
+        return True
 
-    def _lose_node(self, process: psutil.Process) -> None:
+    def _lose_node(self, process: psutil.Process) -> bool:
         above = {parent.pid for parent in process.parents()}
         for node in self.cluster.worker_nodes:
             raylet = node.all_processes["raylet"][0].process.pid
             if raylet in above:
                 self.cluster.remove_node(node, allow_graceful=False)
                 self.cluster.add_node(num_cpus=1)
-                return
+                return True
+        return False
 
 
 # ------------------------------------------------------------------------------------------------- the run

@@ -34,6 +34,9 @@ FOLDER = "checkpoints"
 """Their place in a stage's folder."""
 _MANIFEST = "manifest.json"
 _DRAFT = ".draft"
+_ROOM = 1.5
+"""A checkpoint is written where so many of its size would fit: a run goes on without another checkpoint, but ends where the best
+weights (a third of its size) or the readings can no longer be written."""
 _GRACE_SECONDS = 10.0
 """How long a run that fails lets a checkpoint that is being written become whole: the other ranks may be gone."""
 
@@ -229,7 +232,7 @@ class _Writing:
         """This rank's files and its part of the manifest. Returns seconds."""
         began = time.perf_counter()
         (self.draft / "engine").mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self.draft).free < bytes_of(files):  # before others on this disk come to harm
+        if shutil.disk_usage(self.draft).free < _ROOM * bytes_of(files):  # before others on this disk come to harm
             raise OSError(ENOSPC, os.strerror(ENOSPC))
         entries = {}
         while files:

@@ -25,7 +25,7 @@ from dstrain.tune.bell import BELL, Bell
 from dstrain.tune.proposals import learn
 from dstrain.tune.resources import Needs, Room
 from dstrain.tune.schedulers import RungScheduler, Unpickled, mutable, name_of, ray_scheduler
-from dstrain.tune.trial import trial
+from dstrain.tune.trial import own_faults, trial
 
 ROOM_SECONDS = 5.0
 """So old may be what the driver believes of the cluster's room."""
@@ -114,7 +114,7 @@ class Driver:
             "ranks": self._needs.ranks,
             "bundle": self._needs.bundle,
             "grace_steps": self._grace_steps,
-            "max_failures": search.settings.max_failures,
+            "faults_allowed": own_faults(candidate.folder) + search.settings.max_failures,  # anew with every start
             "silence_seconds": 60 * search.settings.silence_minutes,
             "environ": {name: value for name, value in os.environ.items() if _carried(name)},
         }

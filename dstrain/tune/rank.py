@@ -74,9 +74,13 @@ def main(line: Connection) -> None:
 
 
 def die_with_parent() -> None:
-    """Has the kernel end this process when its parent ends, however that happens."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    """Has the kernel end this process when its parent ends, however that happens.
+
+    Where the kernel cannot (macOS), the closed connection to the seat ends it, unless it hangs.
+    """
+    parent, system = os.getppid(), ctypes.CDLL(None)
+    if hasattr(system, "prctl"):
+        system.prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
 

@@ -76,7 +76,7 @@ def trial(config: dict[str, Any]) -> None:
     except Exception as error:
         write_failure(folder, error, reason_of(error))  # unless a rank has written its own
         _give_up_seats(_seats)
-        if own_faults(folder) >= plan["max_failures"]:
+        if own_faults(folder) >= plan["faults_allowed"]:
             return
         raise
     finally:
