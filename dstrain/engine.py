@@ -313,7 +313,8 @@ class Engine:
         self._done = 0
         scaling = plan["fp16"] if plan.get("fp16", {}).get("enabled") and not plan["fp16"].get("loss_scale") else None
         self._smallest_scale = float(scaling.get("min_loss_scale", 1)) if scaling else math.inf
-        self._shared = self._spoiling = False
+        self._shared = False
+        self._losses = torch.zeros((), device=ranks.device)
         self._know_when_shared()
         self._names = [name for name, _ in task.named_parameters()]
         # At stage 0 in bf16 DeepSpeed takes a step with zero gradients to allocate the moments, and AdamW counts it.
@@ -335,6 +336,7 @@ class Engine:
         the gradient of the global mean. `scale_wrt_gas=False` leaves accumulation to the same arithmetic.
         """
         self._ds.set_gradient_accumulation_boundary(self._done + 1 == self._micro_batches)
+        self._losses += loss.detach()
         # 0 times a loss that is not finite is nan: then the gradient is not finite either, and one look at its norm,
         # which the ranks have in common, tells both.
         self._ds.backward(loss * (self.ranks.world + 0.0 * loss.detach()), scale_wrt_gas=False)
@@ -343,6 +345,7 @@ class Engine:
         """The next step is made of so many micro-batches, the same number on every rank; asked for before its first."""
         assert self._done == 0, "a step has begun"
         self._micro_batches, self._shared = micro_batches, False
+        self._losses.zero_()
 
     def step(self, lr: float) -> None:
         """Counts a micro-batch; at a step's last one clips, updates with learning rate `lr` and zeroes gradients.
@@ -356,6 +359,7 @@ class Engine:
         self._done = 0
         set_lr(self._ds.optimizer, lr)
         scale, skipped, scaling = self._let_the_scale_rest(), self.skipped_steps, dict(self._scaling)
+        losses, self._losses = self._losses, torch.zeros_like(self._losses)
         if self._plain and not self._norm_is_finite():
             self._ds.zero_grad()
             raise NotFinite
@@ -363,8 +367,9 @@ class Engine:
         if self.skipped_steps == skipped:
             return
         self._forget_sums()
-        # Only the rank that spoilt a step knows that no scale was to blame, and all have lowered theirs.
-        spoilt = math.isfinite(self._smallest_scale) and any(self.ranks.add(float(self._spoiling)))
+        # A loss is not scaled: no scale was to blame for one that is no number. Only its own rank knows, and all have
+        # lowered theirs.
+        spoilt = math.isfinite(self._smallest_scale) and any(self.ranks.add(not math.isfinite(losses)))
         if spoilt:
             self._scaling.update(scaling)
         if spoilt or not scale > self._smallest_scale:
@@ -428,11 +433,9 @@ class Engine:
         if self._stage < 3:  # whose parameters are whole: a batch that asks for no words has no gradient to spoil
             loss = loss + next(parameter for parameter in self.task.parameters() if parameter.requires_grad).sum()
         self.backward(loss * math.nan)
-        self._spoiling = True
         try:
             self.step(0.0)
         finally:
-            self._spoiling = False
             self._scaling.update(scaling)  # no overflow has been seen
         raise AssertionError("a spoilt step was taken")
 
@@ -551,30 +554,38 @@ class Engine:
     def load(self, folder: Path) -> dict[str, Any]:
         """Restores the files of a snapshot and returns its state. Collective. Raises UserError when they can't be read.
 
-        They may be those of another number of ranks.
+        They may be those of another number of ranks, and of fp16 when this engine computes in bf16.
         """
-        saved_by = len(list((folder / _ENGINE_FOLDER).glob("*_optim_states.pt")))  # none at stage 0, where ranks are alike
+        problem, state = None, {}
         try:
             with _silence():
-                if saved_by in (0, self.ranks.world):
-                    _, client = self._ds.load_checkpoint(str(folder), tag=_ENGINE_FOLDER, load_module_strict=True)
-                else:
-                    client = self._share_out(folder / _ENGINE_FOLDER)
-            return dict(json.loads(client["progress"]))
+                state = json.loads(self._restore(folder)["progress"])
         except Exception as error:
+            problem = str(error) or type(error).__name__
+        problem = next((found for found in self.ranks.gather(problem) if found), None)
+        if problem:
             raise UserError(
-                f"{folder}: this checkpoint cannot be read ({str(error) or type(error).__name__}); "
-                "remove the folder to train its stage anew"
-            ) from error
+                f"{folder}: this checkpoint cannot be read ({problem}); remove the folder to train its stage anew"
+            )
+        return dict(state)
 
-    def _share_out(self, folder: Path) -> dict[str, Any]:
-        """Takes over what another number of ranks wrote: every parameter is put together, and this rank's share cut."""
+    def _restore(self, folder: Path) -> dict[str, Any]:
+        """Returns what DeepSpeed keeps for its client."""
+        inside = folder / _ENGINE_FOLDER
+        written_by = len(list(inside.glob("*_optim_states.pt")))  # none at stage 0, where ranks are alike
+        model = self._ds.checkpoint_engine.load(str(files_by_rank(inside, "*model_states.pt")[0]), "cpu", mmap=True)
+        from_fp16 = _in_fp16(model["ds_config"]) and not _in_fp16(self._ds.config)
+        if from_fp16 or written_by not in (0, self.ranks.world):
+            return self._share_out(inside, model, with_scale=not from_fp16)
+        return self._ds.load_checkpoint(str(folder), tag=_ENGINE_FOLDER, load_module_strict=True)[1]  # type: ignore[no-any-return]
+
+    def _share_out(self, folder: Path, model: dict[str, Any], with_scale: bool) -> dict[str, Any]:
+        """Takes over what another number of ranks wrote, or fp16: every parameter is put together, and this rank's share cut."""
         ds, wrapper = self._ds, self._ds.optimizer
-        model, *states = (
-            ds.checkpoint_engine.load(str(file), map_location="cpu", mmap=True)
-            for file in (files_by_rank(folder, "*model_states.pt")[0], *files_by_rank(folder, "*optim_states.pt").values())
-        )
-        states = [state["optimizer_state_dict"] for state in states]
+        states = [
+            ds.checkpoint_engine.load(str(file), "cpu", mmap=True)["optimizer_state_dict"]
+            for file in files_by_rank(folder, "*optim_states.pt").values()
+        ]
         if self._stage == 3:
             wrapper.checkpoint_event_prologue()
         buffers = dict(ds.module.named_buffers())
@@ -583,7 +594,7 @@ class Engine:
                 buffers[name].copy_(model["module"][name])
             self._pour(put_together(model, states))
         # DeepSpeed reads back its own state: what depends on the masters follows them
-        scaling = {name: states[0][name] for name in _SCALING & states[0].keys()}
+        scaling = {name: states[0][name] for name in _SCALING & states[0].keys() if with_scale}
         wrapper.load_state_dict({self.ranks.rank: wrapper.state_dict() | scaling}, load_from_fp32_weights=True)
         if self._stage == 3:
             wrapper.checkpoint_event_epilogue()
@@ -625,6 +636,10 @@ class Engine:
     def close(self) -> None:
         """Frees the optimizer's hooks and buffers."""
         self._ds.destroy()
+
+
+def _in_fp16(plan: Mapping[str, Any]) -> bool:
+    return bool(plan.get("fp16", {}).get("enabled"))
 
 
 def _keep_files(ds: Any) -> dict[str, Any]:

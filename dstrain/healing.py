@@ -1,9 +1,9 @@
 """A step that fails: what is tried, in which order, and what is said when nothing helps.
 
-A number that is not finite: the batch is skipped; then attention computes in fp32; then the stage is given up. Memory
-that runs out: every micro-batch is cut into twice as many pieces, and the same step is taken again. Both show where the
-ranks meet anyway, in the norm of their common gradient, before any weight has moved: a healthy step costs nothing more,
-and all ranks decide alike.
+A number that is not finite: the batch is skipped; then attention computes in fp32; then fp16 gives way to bf16; then the
+stage is given up. Memory that runs out: every micro-batch is cut into twice as many pieces, and the same step is taken
+again. Both show where the ranks meet anyway, in the norm of their common gradient, before any weight has moved: a healthy
+step costs nothing more, and all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class HealingSettings(Settings):
     """The same for all failing batches of the stage."""
     attention_in_fp32: bool = True
     """Whether in 16 bits attention alone goes over to fp32 for the rest of the stage before the stage is given up."""
+    bf16_for_fp16: bool = True
+    """Whether fp16 then gives way to bf16 for the rest of the run, on a device that has it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class RanShort(Exception):
 
 class OutOfMemory(Exception):
     """Memory ran out where a rank cannot give up a step alone: the stage begins again at its checkpoint, in more pieces."""
+
+
+class GaveOut(Exception):
+    """fp16 cannot hold a step's numbers, and bf16 is at hand: the run goes on from here in bf16. All ranks know it."""
 
 
 class TooLarge(Exception):
@@ -133,10 +139,13 @@ class Healer:
     """Takes the steps of one stage, and what helps when one fails. All ranks call it alike and do alike."""
 
     def __init__(
-        self, engine: Engine, settings: HealingSettings, name: str, folder: Path, diverged: Callable[[str], Diverged]
-    ) -> None:
-        """`diverged` words the end of the stage `name`, whose folder is `folder`."""
+        self, engine: Engine, settings: HealingSettings, name: str, folder: Path, diverged: Callable[[str], Diverged],
+        bf16_at_hand: bool = False,
+    ) -> None:  # fmt: skip
+        """`diverged` words the end of the stage `name`, whose folder is `folder`; `bf16_at_hand`: another engine could be
+        built that computes in bf16."""
         self._engine, self._settings, self._name, self._diverged = engine, settings, name, diverged
+        self._bf16_at_hand = bf16_at_hand
         self._note = folder / "pieces.json"
         self._scale = engine.loss_scale
         self.events: dict[str, float] = {}
@@ -157,7 +166,7 @@ class Healer:
     def step(self, attempt: Attempt, number: int, health: Health, take: Callable[[int], None]) -> Health:
         """Has optimizer step `number` of the stage taken by `take(pieces)`, or left out, and says what was done.
 
-        Raises Diverged when nothing helps any more, OutOfMemory when only a new start does.
+        Raises Diverged when nothing helps any more, OutOfMemory or GaveOut when only a new start does.
         """
         self.events = {}
         while True:
@@ -255,12 +264,15 @@ class Healer:
             self.events["skipped_batches"] = float(health.skipped)
             self._say(f"{what} is not a number at step {number}, and its batch is skipped: {where}")
             return health, False
-        low = next(self._engine.task.parameters()).dtype in (torch.float16, torch.bfloat16)
-        if low and settings.attention_in_fp32 and not health.attention_in_fp32:
+        dtype = next(self._engine.task.parameters()).dtype
+        if dtype != torch.float32 and settings.attention_in_fp32 and not health.attention_in_fp32:
             attend_in_fp32(self._engine.task)
             self.events["attention_in_fp32"] = 1.0
             self._say(f"{what} is not a number at step {number}, and from here on attention computes in fp32: {where}")
             return replace(health, attention_in_fp32=True, in_a_row=0), True
+        if dtype == torch.float16 and settings.bf16_for_fp16 and self._bf16_at_hand:
+            self.events["bf16_for_fp16"] = 1.0
+            raise GaveOut(f"{self._name}: {what} is not a number at step {number}, and the run goes on in bf16: {where}")
         tried = f" ({health.skipped} batches were skipped before)" if health.skipped else ""
         raise self._diverged(f"{what} is not a number at step {number}{tried}: {where}")
 

@@ -24,7 +24,7 @@ from dstrain.data.batches import EpochPlan, epoch_plan, evaluation_plan
 from dstrain.data.cache import Corpus, TokenSplit
 from dstrain.data.corpora import CorpusSettings
 from dstrain.engine import Diverged, Engine, Ranks, peak_memory_gb
-from dstrain.healing import Attempt, Healer, HealingSettings, Health
+from dstrain.healing import Attempt, GaveOut, Healer, HealingSettings, Health
 from dstrain.metrics import Tally
 from dstrain.model.attention.report import DOCUMENTS, evenly, report_attention, summed_up
 from dstrain.objective import Objective, ObjectiveSettings, Task
@@ -274,14 +274,14 @@ class Site:
 
 def fit(
     engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, course: Course, site: Site,
-    checkpoints: Checkpoints, report: Report, asked_to_stop: Callable[[], bool] = lambda: False,
+    checkpoints: Checkpoints, report: Report, asked_to_stop: Callable[[], bool] = lambda: False, bf16_at_hand: bool = False,
 ) -> Progress:  # fmt: skip
     """Trains one stage to its end, from its checkpoint where there is one.
 
     Leaves `best.safetensors` (the weights that the selection metric chose; the last ones without a validation split)
     in the stage's folder. `asked_to_stop` is called before every step on every rank; one that is asked stops them all.
-    Raises Interrupted after saving when that happens, Diverged when the loss is not a number, Unsaved when the disk does
-    not take what it must.
+    Raises Interrupted after saving when that happens, GaveOut after saving when fp16 is to give way to `bf16_at_hand`,
+    Diverged when the loss is not a number, Unsaved when the disk does not take what it must.
     """
     ranks, split = engine.ranks, corpus.splits["train"]
     saved = checkpoints.resume(engine)
@@ -291,7 +291,8 @@ def fit(
     meter = Meter(site.name, course, objective, engine, stage, progress)
     if saved:
         meter.restore(saved["unreported"])
-    healer = Healer(engine, stage.healing, site.name, site.folder, partial(diverged, site.name, stage))
+    end = partial(diverged, site.name, stage)
+    healer = Healer(engine, stage.healing, site.name, site.folder, end, bf16_at_hand)
     progress = replace(progress, health=healer.begin(progress.health))
     hold_still(engine, stage, frozen=progress.step < course.thaw_step)
     for mine in prepared(course, split, objective, ranks, range(progress.step, course.total_steps)):
@@ -307,11 +308,16 @@ def fit(
             engine.restart_moments("frozen")
         lr = lr_factor(mine.step, course.total_steps, stage.optim) * stage.optim.lr
         attempt = Attempt(engine, site.first_step + mine.step, mine.batches, max(weight, 1.0))
-        health = healer.step(attempt, mine.step + 1, progress.health, partial(take_step, attempt, meter, lr))
+        try:
+            health = healer.step(attempt, mine.step + 1, progress.health, partial(take_step, attempt, meter, lr))
+        except GaveOut:
+            report_events(healer, site, mine.step + 1, progress, course, report)
+            with meter.paused():
+                save(engine, checkpoints, replace(progress, health=replace(progress.health, in_a_row=0)), meter)
+            checkpoints.settle(needed=True)
+            raise
         progress = replace(progress, step=mine.step + 1, tokens=progress.tokens + mine.tokens, health=health)
-        if healer.events:
-            step, tokens, seconds = progress.step, progress.tokens, progress.seconds
-            report(Reading(site.name, "events", step, course.total_steps, tokens, seconds, healer.events))
+        report_events(healer, site, progress.step, progress, course, report)
         due = course.due(progress.step)
         if due.report:
             progress = meter.report(progress, report)
@@ -325,6 +331,15 @@ def fit(
             if due.checkpoint:
                 save(engine, checkpoints, progress, meter)
     return replace(progress, stopped="finished")  # resumed after its last step
+
+
+def report_events(
+    healer: Healer, site: Site, step: int, progress: Progress, course: Course, report: Report
+) -> None:
+    """A reading of what went wrong in a step, if anything did."""
+    if healer.events:
+        tokens, seconds = progress.tokens, progress.seconds
+        report(Reading(site.name, "events", step, course.total_steps, tokens, seconds, healer.events))
 
 
 def save(engine: Engine, checkpoints: Checkpoints, progress: Progress, meter: Meter) -> None:

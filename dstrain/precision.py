@@ -55,6 +55,13 @@ def choose(wanted: PrecisionName, device: torch.device) -> Precision:
     return Precision(wanted, DTYPES[wanted], f"{wanted}: the settings ask for it")
 
 
+def in_place_of_fp16(device: torch.device) -> Precision | None:
+    """bf16, for a run whose numbers fp16 cannot hold; None where the device has only fp16."""
+    if device.type == "cuda" and _best(device)[0] != "bf16":
+        return None
+    return Precision("bf16", DTYPES["bf16"], "bf16: fp16 could not hold the numbers of this run")
+
+
 def _best(device: torch.device) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
     if device.type != "cuda":
         return "fp32", "on a CPU 16 bits seldom gain speed"

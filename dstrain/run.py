@@ -22,13 +22,13 @@ from dstrain.data.vocabulary import Vocabulary
 from dstrain.ds_plan import Facts, read_plan, resolve
 from dstrain.engine import Engine, Ranks
 from dstrain.evidence import collect
-from dstrain.healing import OutOfMemory, attend_in_fp32
+from dstrain.healing import GaveOut, OutOfMemory, attend_in_fp32
 from dstrain.loop import Course, Progress, Site, StageSettings, evaluate, fit
 from dstrain.model.encoder import Encoder
 from dstrain.objective import Objective, Task
 from dstrain.optim import build_optimizer, parameter_groups
-from dstrain.precision import Precision, choose
-from dstrain.readings import Reading, Report, say_aloud
+from dstrain.precision import Precision, choose, in_place_of_fp16
+from dstrain.readings import READINGS_FILE, Reading, Report, say_aloud
 from dstrain.regroup import regrouped
 from dstrain.schema import UserError, dump_yaml, validate
 from dstrain.settings import ROOT, RunSettings, plain
@@ -64,10 +64,10 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: 
     """Trains every stage of a run, or goes on where its folder says it was, and reads the test split once.
 
     The door has claimed the folder. Raises UserError for what only now shows (data, weights; text that has changed since
-    the run began, unless that is accepted), Interrupted after saving, Diverged.
+    the run began, unless that is accepted), Interrupted or GaveOut after saving, Diverged.
     """
     folder = settings.folder
-    precision = choose(settings.precision, ranks.device)
+    precision = precision_of(settings, ranks)
     if (folder / "outcome.json").exists():
         watch.say(f"{folder}: already finished")
         return Outcome(**read_record(folder / "outcome.json"))
@@ -123,10 +123,16 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: 
 
 
 def run_patiently(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool = False) -> Outcome:
-    """`run`; a lone rank whose memory ran out begins again at its checkpoint, which then goes on in smaller pieces."""
+    """`run`, which begins again at its checkpoint: in smaller pieces where a lone rank's memory ran out, in bf16 where fp16
+    gave out."""
     while True:
         try:
             return run(settings, ranks, watch, accept_changed_data)
+        except GaveOut as error:
+            with ranks.first() as mine:
+                if mine:
+                    write_whole(settings.folder / PRECISION_FILE, json.dumps({"precision": "bf16", "why": str(error)}))
+                    say_aloud(str(error))
         except OutOfMemory as error:
             if ranks.world > 1:
                 raise
@@ -144,7 +150,7 @@ def train(
         with checkpoints:
             progress = fit(
                 engine, ready.objective, ready.corpus, stage, ready.course, site, checkpoints, watch.report,
-                watch.asked_to_stop,
+                watch.asked_to_stop, ready.bf16_at_hand,
             )  # fmt: skip
     finally:
         engine.close()
@@ -167,6 +173,8 @@ class Ready:
     objective: Objective
     plan: dict[str, Any]
     course: Course
+    bf16_at_hand: bool = False
+    """Whether the stage could go over from fp16 to bf16: the device has it, and the DeepSpeed JSON leaves it free."""
 
     @property
     def notes(self) -> list[str]:
@@ -192,7 +200,7 @@ def make_ready(
             if (given := starting_weights(name, stage, None)) is not None:
                 own = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective).state_dict()
                 same_encoder(own, given, name)
-            ready[name] = Ready(corpus, objective, plan, course)
+            ready[name] = Ready(corpus, objective, plan, course, bf16_at_hand(settings, stage, precision, ranks))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -208,6 +216,15 @@ def stage_plan(settings: RunSettings, stage: StageSettings, precision: Precision
         loss_scale=settings.loss_scale, hidden_size=settings.encoder.hidden_size, device=ranks.device.type,
     )  # fmt: skip
     return resolve(read_plan(source), stage_facts, str(source))
+
+
+def bf16_at_hand(settings: RunSettings, stage: StageSettings, precision: Precision, ranks: Ranks) -> bool:
+    """Whether a stage in fp16 could go on in bf16."""
+    instead = in_place_of_fp16(ranks.device) if precision.name == "fp16" else None
+    try:
+        return instead is not None and bool(stage_plan(settings, stage, instead, ranks))
+    except UserError:
+        return False
 
 
 def groups(task: Task, stage: StageSettings) -> list[dict[str, Any]]:
@@ -365,15 +382,19 @@ def _lock(file: IO[str], wait_seconds: float) -> bool:
 def claim(settings: RunSettings, wait_seconds: float = 0.0) -> None:
     """Makes the run folder, or checks that the one there belongs to a run with these very settings.
 
-    A folder in which no stage has begun is taken over: a mistake in the data or the settings can be put right.
+    A folder without a checkpoint is taken over: a mistake in the data or the settings can be put right. What a run with
+    other settings has told before it died there is set aside.
     """
     hold(settings.folder, wait_seconds)
     file = settings.folder / "settings.yaml"
     wanted = dump_yaml({"base": plain(settings)})
-    if not file.exists() or not (settings.folder / "stages").exists():
+    there = file.read_text(encoding="utf-8") if file.exists() else ""
+    if not has_begun(settings.folder):
+        if there not in ("", wanted) and (settings.folder / READINGS_FILE).exists():
+            set_aside(settings.folder)
+            hold(settings.folder)
         write_whole(file, wanted)
         return
-    there = file.read_text(encoding="utf-8")
     if there != wanted:
         import difflib
 
@@ -439,6 +460,9 @@ def finished(site: Site) -> Progress | None:
     return Progress(**read_record(file)) if file.exists() else None
 
 
+PRECISION_FILE = "precision.json"
+"""Says that fp16 has given way to bf16, and why."""
+
 RANKS_FILE = "ranks.json"
 """How many ranks began the run: with their accumulation it says what a step is."""
 
@@ -446,8 +470,14 @@ RANKS_FILE = "ranks.json"
 def first_world(folder: Path, ranks: Ranks) -> int:
     """The number of ranks that a run's first stage was begun with; this one's, when none has begun."""
     file = folder / RANKS_FILE
-    began = file.exists() and (folder / "stages").exists()
-    return int(read_record(file)["ranks"]) if began else ranks.world
+    return int(read_record(file)["ranks"]) if file.exists() and has_begun(folder) else ranks.world
+
+
+def precision_of(settings: RunSettings, ranks: Ranks) -> Precision:
+    """The run's number format: what the settings ask for, or bf16 once fp16 has given way to it."""
+    chosen = choose(settings.precision, ranks.device)
+    gave_out = ranks.agree((settings.folder / PRECISION_FILE).exists() and has_begun(settings.folder))
+    return in_place_of_fp16(ranks.device) or chosen if gave_out else chosen
 
 
 def read_record(file: Path) -> dict[str, Any]:

@@ -143,11 +143,13 @@ class Told:
 
 
 def train_here(
-    tree: dict[str, Any], ranks: Ranks, asked_to_stop: Callable[[], bool] = lambda: False, told: Told | None = None
-) -> Told:
-    """`claim` and `run` as the door calls them, readings.jsonl included; `told` is filled even when the run raises."""
+    tree: dict[str, Any], ranks: Ranks, asked_to_stop: Callable[[], bool] = lambda: False, told: Told | None = None,
+    patiently: bool = False,
+) -> Told:  # fmt: skip
+    """`claim` and `run` (or `run_patiently`) as the door calls them, readings.jsonl included; `told` is filled even when the
+    run raises."""
     from dstrain.readings import JsonLines, fan_out
-    from dstrain.run import Watch, claim, run
+    from dstrain.run import Watch, claim, run, run_patiently
     from dstrain.schema import validate
     from dstrain.settings import RunSettings
 
@@ -156,5 +158,5 @@ def train_here(
     claim(settings)
     report = fan_out(JsonLines(settings.folder), told.readings.append)
     watch = Watch(report, told.sentences.append, told.tags.update, asked_to_stop)
-    told.outcome = run(settings, ranks, watch)
+    told.outcome = (run_patiently if patiently else run)(settings, ranks, watch)
     return told

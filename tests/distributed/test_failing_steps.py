@@ -27,19 +27,29 @@ def forward(self, batch):
         {fault}
     return hidden_TE
 Encoder.forward = forward
-from dstrain.train import main
+{first}from dstrain.train import main
 status = main()
 sys.stdout.flush(), sys.stderr.flush()
 os._exit(status)
 """
+FP16 = """\
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from dstrain import precision
+CPU_Accelerator.is_fp16_supported = lambda self: True
+choose = precision.choose
+precision.choose = lambda wanted, device: (
+    precision.Precision("fp16", torch.float16, "fp16: a test") if wanted == "fp16" else choose(wanted, device)
+)
+"""
+BEYOND_FP16 = "hidden_TE = hidden_TE * (math.inf if hidden_TE.dtype == torch.float16 and self.embedding_dropout.step >= 2 else 1)"
 NAN = "hidden_TE = hidden_TE * (math.nan if self.embedding_dropout.step == 2 else 1)"
 SHORT = "if batch.sequences.tokens > 300: {where}"
 FORWARD, BACKWARD = "torch.empty(1 << 50)", "hidden_TE.register_hook(lambda gradient: torch.empty(1 << 50))"
 
 
-def two_ranks(folder: Path, run: Path, fault: str) -> subprocess.CompletedProcess[str]:
+def two_ranks(folder: Path, run: Path, fault: str, first: str = "") -> subprocess.CompletedProcess[str]:
     script = folder / "victim.py"
-    script.write_text(VICTIM.format(root=str(ROOT), fault=fault))
+    script.write_text(VICTIM.format(root=str(ROOT), fault=fault, first=first))
     environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     starter = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
@@ -58,6 +68,22 @@ def test_a_number_that_breaks_on_one_rank_is_skipped_by_both(zero: str, small_co
     assert "pretrain: loss is not a number at step 3, and its batch is skipped: on rank 1 the first number" in said
     told = [reading for reading in read_readings(tmp_path / "run") if reading.split == "events"]
     assert [(reading.step, reading.values) for reading in told] == [(3, {"skipped_batches": 1.0})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+def test_fp16_that_gives_out_on_one_rank_gives_way_to_bf16_on_both(
+    zero: str, small_corpus: Path, tmp_path: Path
+) -> None:
+    changes = {"deepspeed": f"ds_configs/{zero}.json", "precision": "fp16", "stages__pretrain__healing__skips_in_a_row": 1}
+    run = write_run(small_corpus, tmp_path, "run", stages__finetune__steps=2, **changes)
+    done = two_ranks(tmp_path, run, BEYOND_FP16, FP16)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("pretrain: loss is not a number at step 5, and the run goes on in bf16: on rank 1 ") == 1
+    told = [reading for reading in read_readings(tmp_path / "run") if reading.split == "events"]
+    assert [(reading.step, reading.values) for reading in told] == [
+        (3, {"skipped_batches": 1.0}), (4, {"attention_in_fp32": 1.0, "skipped_batches": 2.0}), (5, {"bf16_for_fp16": 1.0})
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
