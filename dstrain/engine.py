@@ -24,7 +24,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from dstrain.data.locking import locked
 from dstrain.optim import set_lr
 from dstrain.partitions import MASTER, Whole, files_by_rank, put_together
 from dstrain.schema import UserError
+from dstrain.uncompiled import nothing_compiled, put_off_the_compiler
 
 # ------------------------------------------------------------------------------------------------- the ranks
 
@@ -215,14 +215,16 @@ def import_deepspeed() -> Any:
     # What it compiles depends on this environment's torch: kept with it, no other environment makes it compile again.
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    put_off_the_compiler()
     # DeepSpeed's autotuner imports all of MLflow when it finds it, for a second and 100 MB that no rank has a use for.
     hidden = "mlflow" not in sys.modules
     if hidden:
         sys.modules["mlflow"] = None  # type: ignore[assignment]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), nothing_compiled():
             warnings.simplefilter("ignore")
             import deepspeed
+            import deepspeed.runtime.zero.muon.original_muon  # the only one of its modules that compiles as it is imported
     finally:
         if hidden:
             del sys.modules["mlflow"]
@@ -241,9 +243,6 @@ def preload() -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import_deepspeed()
-    # Every optimizer of torch and of DeepSpeed imports torch's compiler, as slow as all the rest together.
-    for compiler in ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):
-        import_module(compiler)
 
 
 def _load_op(says_that_it_waits: bool) -> None:
@@ -577,7 +576,7 @@ class Engine:
         from_fp16 = _in_fp16(model["ds_config"]) and not _in_fp16(self._ds.config)
         if from_fp16 or written_by not in (0, self.ranks.world):
             return self._share_out(inside, model, with_scale=not from_fp16)
-        return self._ds.load_checkpoint(str(folder), tag=_ENGINE_FOLDER, load_module_strict=True)[1]  # type: ignore[no-any-return]
+        return self._ds.load_checkpoint(str(folder), tag=_ENGINE_FOLDER, load_module_strict=True)[1]
 
     def _share_out(self, folder: Path, model: dict[str, Any], with_scale: bool) -> dict[str, Any]:
         """Takes over what another number of ranks wrote, or fp16: every parameter is put together, and this rank's share cut."""

@@ -6,6 +6,7 @@ Environment variables are taken from a list of names: what is not on it, and wha
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -114,6 +115,7 @@ def _variables(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+@functools.cache
 def _packages() -> dict[str, str]:
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():

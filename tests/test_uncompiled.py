@@ -1,0 +1,41 @@
+"""The stand-in for torch's compiler, in a process of its own: nothing loads the real one until somebody compiles."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """\
+import inspect, sys
+from dstrain import engine
+engine.preload()
+import torch
+import torch._dynamo
+torch._dynamo.graph_break()
+guarded = torch.compiler.disable(lambda x: x)
+weight = torch.nn.Parameter(torch.ones(2))
+optimizer = torch.optim.AdamW([weight])
+weight.sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+inspect.stack()
+assert guarded(3) == 3
+loaded = [name for name in sys.modules if name.startswith("torch._dynamo.") or name == "sympy"]
+assert not loaded, loaded
+
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
+assert torch._dynamo is sys.modules["torch._dynamo"] and torch._dynamo.__file__
+import torch._dynamo.convert_frame
+optimizer.step()
+"""
+
+
+def test_the_compiler_is_loaded_when_somebody_compiles_and_no_sooner() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_module_of_the_compiler_can_be_imported_first() -> None:
+    words = "import torch, dstrain.uncompiled as u; u.put_off_the_compiler(); import torch._dynamo.config as config"
+    done = subprocess.run([sys.executable, "-c", f"{words}; config.cache_size_limit"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
