@@ -56,12 +56,12 @@ class TextRecord(Settings):
 
 def keep_or_refuse(
     before: Mapping[str, TextRecord], now: Mapping[str, TextRecord], to_be_read: Collection[str], accept: bool,
-    say: Callable[[str], None],
+    say: Callable[[str], None], start_over: str = "start over with --resume never",
 ) -> dict[str, TextRecord]:  # fmt: skip
     """The records of a run that goes on: of a stage that is over the one it was trained on, of the others today's.
 
     `to_be_read` names the stages whose text is read from here on. Raises UserError with each of them whose text is
-    another one than `before`; with `accept` that is said, and kept in the record's notes.
+    another one than `before`, and how to `start_over`; with `accept` that is said, and kept in the record's notes.
     """
     records, refused = {**now, **before}, []
     for name, was in before.items():
@@ -74,7 +74,7 @@ def keep_or_refuse(
         else:
             refused.append(f"stages.{name}: {change}")
     if refused:
-        way_out = "restore it, go on with the changed text by --accept-changed-data, or start over with --resume never"
+        way_out = f"restore it, go on with the changed text by --accept-changed-data, or {start_over}"
         raise UserError("\n".join(f"{sentence}; {way_out}" for sentence in refused))
     return records
 

@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument(
         "--full-size", action="store_true", help="leave out the file's `when` overrides for this machine"
     )
+    words.add_argument(
+        "--accept-changed-data", action="store_true", help="go on though text has changed since trials read it"
+    )
     words.add_argument("--dry-run", action="store_true", help="show trials, resources and concurrency, then stop")
     return words
 
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _search(given: argparse.Namespace) -> int:
     import torch
 
-    from dstrain.preparation import prepare
+    from dstrain.preparation import prepare, remember
     from dstrain.search import plan_search
     from dstrain.settings import read_document
     from dstrain.stopping import SAVED_COME_BACK
@@ -83,8 +86,9 @@ def _search(given: argparse.Namespace) -> int:
         return _dry_run(search, needs, Room.here())
     if "RAY_ADDRESS" not in os.environ:
         Room.here().check(needs, search)
-    prepare(search, needs.ranks, bool(needs.gpus), print)
+    texts = prepare(search, needs.ranks, bool(needs.gpus), print, given.accept_changed_data)
     search.claim()
+    remember(search, texts)
     over = search.is_over()
     if over:
         print(f"{search.folder}: all {len(search.candidates)} trials have ended")

@@ -154,7 +154,8 @@ class Rank:
             if mine:
                 claim_patiently(settings)
         try:
-            run_patiently(settings, ranks, self._watch(settings.folder, order.metric, ranks.rank))
+            watch = self._watch(settings.folder, order.metric, ranks.rank)
+            run_patiently(settings, ranks, watch, accept_changed_data=True)  # the search has looked, for all its trials
             self._hand_over()
         except Interrupted:
             pass  # what was asked for
