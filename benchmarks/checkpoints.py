@@ -84,14 +84,14 @@ class Trainer:
         optimizer = build_optimizer(groups(task, stage), stage.optim, ranks.device)
         self.engine = Engine(task, optimizer, ready.plan, ranks)
         steps = range(ready.course.total_steps)
-        self._shares: Iterator[Any] = prepared(ready.course, ready.corpus.splits["train"], ready.objective, ranks, steps)
+        self.shares: Iterator[Any] = prepared(ready.course, ready.corpus.splits["train"], ready.objective, ranks, steps)
 
     def steps(self) -> float:
         """Takes STEPS steps and returns the median of their seconds."""
         return statistics.median(self._step() for _ in range(STEPS))
 
     def _step(self) -> float:
-        mine, began = next(self._shares), time.perf_counter()
+        mine, began = next(self.shares), time.perf_counter()
         task: Any = self.engine.task
         for number, batch, _ in mine.batches:
             task.set_step(mine.step, number)

@@ -47,14 +47,14 @@ LONGEST_PAUSE_SECONDS = 60.0
 KEY_TAG = "dstrain.key"
 REASONS = re.compile(
     r"Connection refused|timed out|Name or service not known|database is locked|"
-    r"readonly database|unable to open database file|No space left on device"
+    r"readonly database|unable to open database file|database or disk is full|No space left on device"
 )
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
 # A dead server must cost seconds, not the four minutes of MLflow's own retries: the follower tries again by itself.
 SHORT_AND_QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }

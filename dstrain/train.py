@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from dstrain.lifeline import Lifeline
     from dstrain.run import Outcome, Say, Watch
     from dstrain.settings import Document, RunSettings
+
+LAUNCHER_SECONDS = 1.5
+"""Within these a launcher notices that a rank has ended."""
 
 _EPILOG = """\
 examples
@@ -93,9 +98,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _explain(given.explain) if given.explain is not None else _train(given)
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks have the same to say
-            print(error, file=sys.stderr)
-        return 2
+        return _refuse(error, os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _refuse(error: Exception, rank: str) -> int:
+    """Tells a mistake once: mostly all ranks have the same to say, and the launcher ends the others when the first has."""
+    if rank != "0":
+        from dstrain.stopping import SIGNALS
+
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: os._exit(2))
+        time.sleep(LAUNCHER_SECONDS)
+    print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _explain(prefix: str) -> int:

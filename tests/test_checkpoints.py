@@ -217,18 +217,6 @@ def test_a_run_that_fails_leaves_the_checkpoint_that_was_being_written(
 # ------------------------------------------------------------------------------------------------ a full disk
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no mount: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("noticed", ["before", "while writing"])
 def test_a_full_disk_is_told_and_the_last_good_checkpoint_stands(
     noticed: str, engine: Engine, ranks: Ranks, small_disk: Path, monkeypatch: pytest.MonkeyPatch

@@ -385,6 +385,27 @@ def test_a_store_that_comes_back_gets_everything_once(tmp_path: Path, schema: Pa
     assert len(all_runs(place)) == 4
 
 
+def test_a_store_on_a_full_disk_gets_everything_when_there_is_room(
+    small_disk: Path, tmp_path: Path, schema: Path, said: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(schema, small_disk / "mlflow.db")
+    tracker = open_tracker(tmp_path / "runs", said, f"sqlite:///{small_disk / 'mlflow.db'}")
+    run = tracker.run(tmp_path / "runs/a", "a", {"i": 1}, {})
+    report(run.folder, range(20))
+    assert tracker.flush(30)
+    other = small_disk / "other"
+    other.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    for first in range(20, 620, 200):
+        report(run.folder, range(first, first + 200))
+        assert not tracker.flush(0.2)
+    assert len(said) == 1 and "fails (database or disk is full); training goes on" in said[0], said
+    other.unlink()
+    assert tracker.close(60)
+    assert len(said) == 2 and "is back" in said[1], said
+    assert_every_reading_once(small_disk, run.folder)
+    assert "Traceback" not in capfd.readouterr().err, "MLflow would tell it in pages"
+
+
 def test_a_store_lost_between_two_runs_is_filled_by_the_replay_command(
     output_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
