@@ -105,12 +105,13 @@ def test_two_ranks_take_the_steps_of_one_with_twice_the_accumulation(
         *((zero, "bf16", 2e-2) for zero in ("zero0", "zero1", "zero2", "zero3")),
     ],
 )
-def test_deepspeed_with_two_ranks_is_one_rank_with_twice_the_accumulation(
+def test_at_every_stage_two_ranks_are_one_with_twice_the_accumulation(
     zero: str, precision: str, tolerance: float, small_corpus: Path, tmp_path: Path, ranks: Ranks
 ) -> None:
+    """Under deepspeed, whose launcher takes ten seconds more than torchrun's, once for all."""
     plan = {"deepspeed": f"ds_configs/{zero}.json", "precision": precision}
     two = write_run(small_corpus, tmp_path, "two", **HARD, **plan)
-    done = launch(tmp_path, "deepspeed", 2, str(two))
+    done = launch(tmp_path, "deepspeed" if (zero, precision) == ("zero2", "fp32") else "torchrun", 2, str(two))
     assert done.returncode == 0, done.stderr
     assert "finetune" in done.stdout and "test: " in done.stdout and "FutureWarning" not in done.stderr
     train_here(tiny_run(small_corpus, tmp_path, name="one", **HARD, **DOUBLE, precision=precision), ranks)

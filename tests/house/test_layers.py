@@ -18,7 +18,7 @@ LEVELS = [
     {"schema", "packed"},
     {
         "stopping", "readings", "evidence", "ledger", "ds_plan", "optim", "precision", "rungs", "space", "data", "model",
-        "splitting", "diagnosis", "partitions",
+        "splitting", "diagnosis", "partitions", "uncompiled",
     },
     {"metrics", "engine", "tracking", "vitals"},
     {"objective", "healing", "lifeline", "checkpoints"},
