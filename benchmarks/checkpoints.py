@@ -76,13 +76,14 @@ class Trainer:
     """A model, and its steps one by one."""
 
     def __init__(self, settings: RunSettings, ranks: Ranks) -> None:
-        stage = settings.stages["pretrain"]
+        self.settings, stage = settings, settings.stages["pretrain"]
         vocabulary = run_vocabulary(settings, print)
         ready = make_ready(settings, vocabulary, choose(settings.precision, ranks.device), ranks, print)["pretrain"]
         task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), ready.objective)
         self.parameters = sum(parameter.numel() for parameter in task.parameters())
         optimizer = build_optimizer(groups(task, stage), stage.optim, ranks.device)
         self.engine = Engine(task, optimizer, ready.plan, ranks)
+        self.course, self.objective = ready.course, ready.objective
         steps = range(ready.course.total_steps)
         self.shares: Iterator[Any] = prepared(ready.course, ready.corpus.splits["train"], ready.objective, ranks, steps)
 

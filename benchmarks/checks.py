@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks.checkpoints import Trainer, settings_of
 from benchmarks.measure import environment, race
 from dstrain.engine import Diverged, Ranks, join_ranks, leave_ranks
 from dstrain.healing import Attempt, Healer, HealingSettings, Health
+from dstrain.loop import Meter, Progress, take_step
 from dstrain.optim import set_lr
 
 LR = 1e-5
@@ -51,31 +53,28 @@ class Steps:
         self._engine, self._ranks, self._mine = trainer.engine, ranks, next(trainer.shares)
         self._healer = Healer(trainer.engine, HealingSettings(), "pretrain", folder, Diverged)
         self._health = Health()
+        stage = trainer.settings.stages["pretrain"]
+        self._meter = Meter("pretrain", trainer.course, trainer.objective, trainer.engine, stage, Progress())
         self.tokens = self._mine.tokens
 
     def watched(self) -> None:
         """As `fit` takes it."""
         weight, _, _ = self._ranks.add(self._mine.weight, False, False)
         attempt = Attempt(self._engine, self._mine.step, self._mine.batches, weight)
-
-        def take(pieces: int) -> None:
-            self._engine.expect(len(attempt.batches) * pieces)
-            for number, piece in attempt.pieces(pieces):
-                attempt.learn(number, piece)
-                self._engine.step(LR)
-
-        self._health = self._healer.step(attempt, 1, self._health, take)
+        self._health = self._healer.step(attempt, 1, self._health, partial(take_step, attempt, self._meter, LR))
 
     def bare(self) -> None:
-        """The same draws, gradient and update, and nothing else."""
+        """The same draws, gradient, update and figures, and nothing else."""
         ds, task = self._engine._ds, self._engine.task
-        for place, batch, _ in self._mine.batches:
+        for place, batch, documents in self._mine.batches:
             task.set_step(self._mine.step, place)  # type: ignore[operator]
-            loss_sum, _ = ds(batch.to(self._ranks.device))
+            on_device = batch.to(self._ranks.device)
+            loss_sum, evidence = ds(on_device)
             ds.set_gradient_accumulation_boundary(place + 1 == len(self._mine.batches))
             ds.backward(loss_sum / self._mine.weight, scale_wrt_gas=False)
             set_lr(ds.optimizer, LR)
             ds.step()
+            self._meter.tally.add(on_device, loss_sum, evidence, documents)
 
 
 def measure(preset: str, zero: int, rounds: int, folder: Path, ranks: Ranks) -> Row:

@@ -23,7 +23,7 @@ from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC, EROFS
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,8 +35,8 @@ FOLDER = "checkpoints"
 _MANIFEST = "manifest.json"
 _DRAFT = ".draft"
 _ROOM = 1.5
-"""A checkpoint is written where so many of its size would fit: a run goes on without another checkpoint, but ends where the best
-weights (a third of its size) or the readings can no longer be written."""
+"""A checkpoint that can be forgone is written where so many of its size would fit: a run goes on without it, but ends where the
+best weights (a third of its size) can no longer be written."""
 _GRACE_SECONDS = 10.0
 """How long a run that fails lets a checkpoint that is being written become whole: the other ranks may be gone."""
 
@@ -219,11 +219,20 @@ def bytes_per_parameter(zero_stage: int, sixteen_bit: bool) -> int:
 # ----------------------------------------------------------------------------------------- written while training
 
 
+class Room(NamedTuple):
+    """What a checkpoint finds on its disk before it is begun, where others would come to harm if it took the last of it."""
+
+    takes_bytes: float
+    """On all ranks."""
+    wanted_bytes: float
+    enough: bool
+
+
 class _Writing:
     """One checkpoint on its way to the disk. Ranks meet in the file system, never in a collective of a thread."""
 
-    def __init__(self, place: Path, rank: int, world: int, total_bytes: int) -> None:
-        self.place, self.total_bytes = place, total_bytes
+    def __init__(self, place: Path, rank: int, world: int, room: Room) -> None:
+        self.place, self.room = place, room
         self.draft = place.with_name(place.name + _DRAFT)
         self.given_up = threading.Event()
         self._rank, self._world = rank, world
@@ -231,9 +240,9 @@ class _Writing:
     def write(self, files: dict[str, Any]) -> float:
         """This rank's files and its part of the manifest. Returns seconds."""
         began = time.perf_counter()
-        (self.draft / "engine").mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self.draft).free < _ROOM * bytes_of(files):  # before others on this disk come to harm
+        if not self.room.enough:
             raise OSError(ENOSPC, os.strerror(ENOSPC))
+        (self.draft / "engine").mkdir(parents=True, exist_ok=True)
         entries = {}
         while files:
             name, state = files.popitem()  # so that the memory of what is written is free
@@ -323,18 +332,31 @@ class Checkpoints:
         minutes = self._keep.minutes
         return minutes is not None and not self._ranks.rank and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def save(self, engine: Engine, step: int, best_step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """Makes sure that there is a checkpoint of `step`, now or soon; training waits for the copy only."""
-        began, blocked = time.perf_counter(), self.blocked_seconds
+    def save(
+        self, engine: Engine, step: int, best_step: int, state: Callable[[], dict[str, Any]], needed: bool = False
+    ) -> None:
+        """Makes sure that there is a checkpoint of `step`, now or soon; training waits for the copy only. With `needed` it
+        is on disk afterwards, or Unsaved is raised."""
         self._saved_at = time.monotonic()
-        if step == self._saved_step:
-            return
+        if needed:
+            self.settle()
+        if step != self._saved_step:
+            self._begin(engine, step, best_step, state, needed)
+        if needed:
+            self.settle(needed=True)
+
+    def _begin(
+        self, engine: Engine, step: int, best_step: int, state: Callable[[], dict[str, Any]], needed: bool
+    ) -> None:
+        began, blocked = time.perf_counter(), self.blocked_seconds
         self.settle()
         files = engine.snapshot(state())
         if not self._ranks.rank:
             self._remove([*self._folder.glob(f"*{_DRAFT}")])
-        (total,) = self._ranks.add(bytes_of(files))  # and no rank writes before what a death left is gone
-        writing = _Writing(self._folder / f"step-{step:08d}", self._ranks.rank, self._ranks.world, int(total))
+        (takes,) = self._ranks.add(bytes_of(files))  # and no rank looks or writes before what a death left is gone
+        wanted = takes if needed else _ROOM * takes
+        room = Room(takes, wanted, self._ranks.agree(free_bytes(self._folder) >= wanted))
+        writing = _Writing(self._folder / f"step-{step:08d}", self._ranks.rank, self._ranks.world, room)
         self._best_step, self._saved_step, self._writing = best_step, step, writing
         self._part = self._threads.submit(writing.write, files)
         self._published = None if self._ranks.rank else self._threads.submit(self._publish, writing)
@@ -379,8 +401,11 @@ class Checkpoints:
 
     def _sentence(self, writing: _Writing, problem: str) -> str:
         last = next((place.name for place in standing(self._folder) if place not in self._damaged), None)
+        wanted = writing.room.wanted_bytes
+        spare = f" ({size(wanted)} with room for the best weights)" if wanted > writing.room.takes_bytes else ""
         return (
-            f"{writing.place}: this checkpoint could not be written ({problem}): {room(writing.draft, writing.total_bytes)}; "
+            f"{writing.place}: this checkpoint could not be written ({problem}): it takes {size(writing.room.takes_bytes)}"
+            f"{spare}, and {size(free_bytes(writing.draft))} are free there; "
             f"{f'{last} stands' if last else 'there is no earlier one'}; make room, or give another output_dir"
         )
 
@@ -402,17 +427,16 @@ def full_disk(error: Exception, folder: Path) -> str:
     """What to say when a run ends because nothing more can be written in its folder; empty for any other error."""
     if not isinstance(error, OSError) or error.errno not in (ENOSPC, EDQUOT, EROFS):
         return ""
-    free = size(shutil.disk_usage(folder).free)
+    free = size(free_bytes(folder))
     return (
         f"{error.filename or folder}: could not be written ({error.strerror}; {free} are free there); make room, and the same "
         "command goes on from the last checkpoint"
     )
 
 
-def room(place: Path, needed_bytes: int) -> str:
-    """What is needed and what is free, in words."""
-    there = next(parent for parent in (place, *place.parents) if parent.exists())
-    return f"it takes {size(needed_bytes)}, and {size(shutil.disk_usage(there).free)} are free there"
+def free_bytes(place: Path) -> int:
+    """On the disk of a file or folder that may be yet to come."""
+    return shutil.disk_usage(next(parent for parent in (place, *place.parents) if parent.exists())).free
 
 
 def size(bytes: float) -> str:

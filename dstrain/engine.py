@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -165,6 +165,19 @@ class Ranks:
         if problem is not None:
             raise UserError(problem)
 
+    @contextlib.contextmanager
+    def alike(self) -> Iterator[None]:
+        """`with ranks.alike(): ...`: what every rank does by itself; the UserError of any of them is raised on all."""
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
+        problems = self.gather(problem)
+        first = next((rank for rank, found in enumerate(problems) if found is not None), None)
+        if first is not None:
+            raise UserError(f"on rank {first}: {problems[first]}" if first else problems[0])
+
 
 def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     """Meets the other ranks (NCCL on GPUs, gloo on CPUs) and picks this rank's device.
@@ -224,7 +237,7 @@ def import_deepspeed() -> Any:
         with warnings.catch_warnings(), nothing_compiled():
             warnings.simplefilter("ignore")
             import deepspeed
-            import deepspeed.runtime.zero.muon.original_muon  # the only one of its modules that compiles as it is imported
+            import deepspeed.runtime.zero.muon.original_muon  # compiles as it is imported, and every engine imports it
     finally:
         if hidden:
             del sys.modules["mlflow"]
@@ -240,7 +253,7 @@ def preload() -> None:
     Starts no thread and wakes no GPU; neither would survive the fork.
     """
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks the driver's library what GPUs there are, and not CUDA
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a child that needs the compiler starts no workers for it
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import_deepspeed()
 
@@ -313,7 +326,10 @@ class Engine:
         scaling = plan["fp16"] if plan.get("fp16", {}).get("enabled") and not plan["fp16"].get("loss_scale") else None
         self._smallest_scale = float(scaling.get("min_loss_scale", 1)) if scaling else math.inf
         self._shared = False
-        self._losses = torch.zeros((), device=ranks.device)
+        self._loss_sum = torch.zeros((), device=ranks.device)
+        """Of this rank's micro-batches in this step, not scaled."""
+        self.gave_out = False
+        """Whether `load` has taken over what fp16 could not go on with."""
         self._know_when_shared()
         self._names = [name for name, _ in task.named_parameters()]
         # At stage 0 in bf16 DeepSpeed takes a step with zero gradients to allocate the moments, and AdamW counts it.
@@ -335,7 +351,7 @@ class Engine:
         the gradient of the global mean. `scale_wrt_gas=False` leaves accumulation to the same arithmetic.
         """
         self._ds.set_gradient_accumulation_boundary(self._done + 1 == self._micro_batches)
-        self._losses += loss.detach()
+        self._loss_sum += loss.detach()
         # 0 times a loss that is not finite is nan: then the gradient is not finite either, and one look at its norm,
         # which the ranks have in common, tells both.
         self._ds.backward(loss * (self.ranks.world + 0.0 * loss.detach()), scale_wrt_gas=False)
@@ -344,7 +360,6 @@ class Engine:
         """The next step is made of so many micro-batches, the same number on every rank; asked for before its first."""
         assert self._done == 0, "a step has begun"
         self._micro_batches, self._shared = micro_batches, False
-        self._losses.zero_()
 
     def step(self, lr: float) -> None:
         """Counts a micro-batch; at a step's last one clips, updates with learning rate `lr` and zeroes gradients.
@@ -358,7 +373,7 @@ class Engine:
         self._done = 0
         set_lr(self._ds.optimizer, lr)
         scale, skipped, scaling = self._let_the_scale_rest(), self.skipped_steps, dict(self._scaling)
-        losses, self._losses = self._losses, torch.zeros_like(self._losses)
+        loss_sum, self._loss_sum = self._loss_sum, torch.zeros_like(self._loss_sum)
         if self._plain and not self._norm_is_finite():
             self._ds.zero_grad()
             raise NotFinite
@@ -368,7 +383,7 @@ class Engine:
         self._forget_sums()
         # A loss is not scaled: no scale was to blame for one that is no number. Only its own rank knows, and all have
         # lowered theirs.
-        spoilt = math.isfinite(self._smallest_scale) and any(self.ranks.add(not math.isfinite(losses)))
+        spoilt = math.isfinite(self._smallest_scale) and any(self.ranks.add(not math.isfinite(loss_sum)))
         if spoilt:
             self._scaling.update(scaling)
         if spoilt or not scale > self._smallest_scale:
@@ -553,38 +568,34 @@ class Engine:
     def load(self, folder: Path) -> dict[str, Any]:
         """Restores the files of a snapshot and returns its state. Collective. Raises UserError when they can't be read.
 
-        They may be those of another number of ranks, and of fp16 when this engine computes in bf16.
+        They may be those of another number of ranks, and of fp16 where this engine is not in fp16, or the reverse.
         """
-        problem, state = None, {}
-        try:
-            with _silence():
-                state = json.loads(self._restore(folder)["progress"])
-        except Exception as error:
-            problem = str(error) or type(error).__name__
-        problem = next((found for found in self.ranks.gather(problem) if found), None)
-        if problem:
-            raise UserError(
-                f"{folder}: this checkpoint cannot be read ({problem}); remove the folder to train its stage anew"
-            )
-        return dict(state)
+        with self.ranks.alike(), _readable(folder):  # before the ranks meet in the middle of it
+            files = [
+                self._ds.checkpoint_engine.load(str(file), "cpu", mmap=True)
+                for pattern in ("*model_states.pt", "*optim_states.pt")
+                for file in files_by_rank(folder / _ENGINE_FOLDER, pattern).values()
+            ]
+        with _readable(folder), _silence():
+            return dict(json.loads(self._restore(folder, files)["progress"]))
 
-    def _restore(self, folder: Path) -> dict[str, Any]:
+    def _restore(self, folder: Path, files: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Returns what DeepSpeed keeps for its client."""
-        inside = folder / _ENGINE_FOLDER
-        written_by = len(list(inside.glob("*_optim_states.pt")))  # none at stage 0, where ranks are alike
-        model = self._ds.checkpoint_engine.load(str(files_by_rank(inside, "*model_states.pt")[0]), "cpu", mmap=True)
-        from_fp16 = _in_fp16(model["ds_config"]) and not _in_fp16(self._ds.config)
-        if from_fp16 or written_by not in (0, self.ranks.world):
-            return self._share_out(inside, model, with_scale=not from_fp16)
+        states = [file["optimizer_state_dict"] for file in files if "optimizer_state_dict" in file]
+        model = files[0]
+        was, now = _in_fp16(model["ds_config"]), _in_fp16(self._ds.config)
+        self.gave_out = was and not now
+        # At stage 0 there are no states, and ranks are alike.
+        if states and (was != now or len(states) != self.ranks.world):
+            return self._share_out(model, states, with_scale=was == now)
         return self._ds.load_checkpoint(str(folder), tag=_ENGINE_FOLDER, load_module_strict=True)[1]
 
-    def _share_out(self, folder: Path, model: dict[str, Any], with_scale: bool) -> dict[str, Any]:
-        """Takes over what another number of ranks wrote, or fp16: every parameter is put together, and this rank's share cut."""
+    def _share_out(
+        self, model: dict[str, Any], states: Sequence[dict[str, Any]], with_scale: bool
+    ) -> dict[str, Any]:
+        """Takes over what another number of ranks or another precision wrote: every parameter is put together, and this
+        rank's share cut."""
         ds, wrapper = self._ds, self._ds.optimizer
-        states = [
-            ds.checkpoint_engine.load(str(file), "cpu", mmap=True)["optimizer_state_dict"]
-            for file in files_by_rank(folder, "*optim_states.pt").values()
-        ]
         if self._stage == 3:
             wrapper.checkpoint_event_prologue()
         buffers = dict(ds.module.named_buffers())
@@ -635,6 +646,18 @@ class Engine:
     def close(self) -> None:
         """Frees the optimizer's hooks and buffers."""
         self._ds.destroy()
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Whatever goes wrong in reading is said of the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{checkpoint}: this checkpoint cannot be read ({str(error) or type(error).__name__}); "
+            "remove the folder to train its stage anew"
+        ) from error
 
 
 def _in_fp16(plan: Mapping[str, Any]) -> bool:

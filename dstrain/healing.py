@@ -3,7 +3,7 @@
 A number that is not finite: the batch is skipped; then attention computes in fp32; then fp16 gives way to bf16; then the
 stage is given up. Memory that runs out: every micro-batch is cut into twice as many pieces, and the same step is taken
 again. Both show where the ranks meet anyway, in the norm of their common gradient, before any weight has moved: a healthy
-step costs nothing more, and all ranks decide alike.
+step costs next to nothing more, and all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class OutOfMemory(Exception):
 
 
 class GaveOut(Exception):
-    """fp16 cannot hold a step's numbers, and bf16 is at hand: the run goes on from here in bf16. All ranks know it."""
+    """fp16 cannot hold a step's numbers, and bf16 is at hand: the run goes on from here in bf16. Raised on all ranks."""
 
 
 class TooLarge(Exception):
@@ -150,9 +150,17 @@ class Healer:
         self._scale = engine.loss_scale
         self.events: dict[str, float] = {}
         """What happened in the last step, as values of a reading; empty when nothing did."""
+        self._since_fp16: dict[str, float] = {}
 
     def begin(self, health: Health) -> Health:
-        """Puts the task into the state that a checkpoint tells of, or that a start which ran out of memory left."""
+        """Puts the task into the state that a checkpoint tells of, or that a start which ran out of memory left, or the end
+        of fp16: what was tried in its last step is in no checkpoint, so that whoever goes on from there tries the same."""
+        if self._engine.gave_out:
+            widened = self._settings.attention_in_fp32
+            if widened and not health.attention_in_fp32:
+                self._since_fp16["attention_in_fp32"] = 1.0
+            self._since_fp16["bf16_for_fp16"] = 1.0
+            health = replace(health, in_a_row=0, attention_in_fp32=widened)
         if health.attention_in_fp32:
             attend_in_fp32(self._engine.task)
         return replace(health, pieces=self._engine.ranks.agree(max(health.pieces, self._noted())))
@@ -168,7 +176,7 @@ class Healer:
 
         Raises Diverged when nothing helps any more, OutOfMemory or GaveOut when only a new start does.
         """
-        self.events = {}
+        self.events, self._since_fp16 = self._since_fp16, {}
         while True:
             shortage, failed = self._try(attempt, health, take)
             if not failed:
@@ -271,7 +279,6 @@ class Healer:
             self._say(f"{what} is not a number at step {number}, and from here on attention computes in fp32: {where}")
             return replace(health, attention_in_fp32=True, in_a_row=0), True
         if dtype == torch.float16 and settings.bf16_for_fp16 and self._bf16_at_hand:
-            self.events["bf16_for_fp16"] = 1.0
             raise GaveOut(f"{self._name}: {what} is not a number at step {number}, and the run goes on in bf16: {where}")
         tried = f" ({health.skipped} batches were skipped before)" if health.skipped else ""
         raise self._diverged(f"{what} is not a number at step {number}{tried}: {where}")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import model_validator
 
-from dstrain.checkpoints import Checkpoints, Keep, Unsaved, bytes_of, put_in_place, room
+from dstrain.checkpoints import Checkpoints, Keep, Unsaved, bytes_of, free_bytes, put_in_place, size
 from dstrain.data.batches import EpochPlan, epoch_plan, evaluation_plan
 from dstrain.data.cache import Corpus, TokenSplit
 from dstrain.data.corpora import CorpusSettings
@@ -299,9 +299,8 @@ def fit(
         weight, asked, late = ranks.add(mine.weight, asked_to_stop(), checkpoints.late)
         if asked or late:
             with meter.paused():
-                save(engine, checkpoints, progress, meter)
+                save(engine, checkpoints, progress, meter, needed=bool(asked))
         if asked:
-            checkpoints.settle(needed=True)
             raise Interrupted(f"saved {site.name} at step {progress.step}")
         if mine.step == course.thaw_step and course.thaw_step:
             hold_still(engine, stage, frozen=False)
@@ -311,13 +310,13 @@ def fit(
         try:
             health = healer.step(attempt, mine.step + 1, progress.health, partial(take_step, attempt, meter, lr))
         except GaveOut:
-            report_events(healer, site, mine.step + 1, progress, course, report)
             with meter.paused():
-                save(engine, checkpoints, replace(progress, health=replace(progress.health, in_a_row=0)), meter)
-            checkpoints.settle(needed=True)
+                save(engine, checkpoints, progress, meter, needed=True)
             raise
         progress = replace(progress, step=mine.step + 1, tokens=progress.tokens + mine.tokens, health=health)
-        report_events(healer, site, progress.step, progress, course, report)
+        if healer.events:
+            step, tokens, seconds = progress.step, progress.tokens, progress.seconds
+            report(Reading(site.name, "events", step, course.total_steps, tokens, seconds, healer.events))
         due = course.due(progress.step)
         if due.report:
             progress = meter.report(progress, report)
@@ -333,22 +332,18 @@ def fit(
     return replace(progress, stopped="finished")  # resumed after its last step
 
 
-def report_events(
-    healer: Healer, site: Site, step: int, progress: Progress, course: Course, report: Report
+def save(
+    engine: Engine, checkpoints: Checkpoints, progress: Progress, meter: Meter, needed: bool = False
 ) -> None:
-    """A reading of what went wrong in a step, if anything did."""
-    if healer.events:
-        tokens, seconds = progress.tokens, progress.seconds
-        report(Reading(site.name, "events", step, course.total_steps, tokens, seconds, healer.events))
+    """A checkpoint from which the stage goes on as if nothing had been, unless there is one of this step.
 
-
-def save(engine: Engine, checkpoints: Checkpoints, progress: Progress, meter: Meter) -> None:
-    """A checkpoint from which the stage goes on as if nothing had been, unless there is one of this step."""
+    With `needed` it is on disk afterwards, or Unsaved is raised.
+    """
 
     def state() -> dict[str, Any]:
         return {"progress": asdict(progress), "unreported": meter.unreported()}
 
-    checkpoints.save(engine, progress.step, progress.best_step, state)
+    checkpoints.save(engine, progress.step, progress.best_step, state, needed)
 
 
 def take_step(attempt: Attempt, meter: Meter, lr: float, pieces: int = 1) -> None:
@@ -461,7 +456,8 @@ def keep(engine: Engine, file: Path) -> None:
             save_file(weights, draft)
             put_in_place(draft, file)
         except (OSError, SafetensorError) as error:
-            problem = f"{file}: the weights could not be written ({error}): {room(draft, bytes_of(weights))}; make room"
+            problem = f"{file}: the weights could not be written ({error}): it takes {size(bytes_of(weights))}, and "
+            problem += f"{size(free_bytes(draft))} are free there; make room"
             draft.unlink(missing_ok=True)
     if problem := engine.ranks.agree(problem):
         raise Unsaved(problem)

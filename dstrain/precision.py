@@ -27,7 +27,7 @@ class LossScaleSettings(Settings):
     hysteresis: int = setting(2, ge=1, unit="overflows")
     """Overflows before the scale is halved; every one of them skips its step."""
     min_loss_scale: int = setting(1, ge=1)
-    """The scale never falls below this; an overflow there ends the run, because halving no longer helps."""
+    """The scale never falls below this; an overflow there is met as any number that is none (stages.NAME.healing)."""
 
 
 class Precision(NamedTuple):

@@ -13,11 +13,12 @@ from dstrain.search import Search
 from dstrain.settings import RunSettings, plain
 from dstrain.texts import TEXTS_FILE, TextRecord, keep_or_refuse
 
+Texts = dict[str, TextRecord]
+"""Records of the texts of a search, by what makes them what they are."""
 
-def prepare(
-    search: Search, ranks: int, gpu: bool, say: Say, accept_changed_data: bool = False
-) -> dict[str, dict[str, TextRecord]]:
-    """Makes what the trials of a search need, in sight, and returns a record of their text, to be kept with `remember`.
+
+def prepare(search: Search, ranks: int, gpu: bool, say: Say, accept_changed_data: bool = False) -> Texts:
+    """Makes what the trials of a search need, in sight, and returns records of their text, to be kept with `remember`.
 
     `ranks` are the processes of a trial, `gpu` whether they have GPUs. Raises UserError with what is wrong with a trial's
     text, labels, DeepSpeed JSON or starting weights, and for text that has changed since earlier trials read it, unless
@@ -26,38 +27,54 @@ def prepare(
     import torch
 
     place = Ranks(0, ranks, torch.device("cuda" if gpu else "cpu"), "search")
-    before, texts = _remembered(search), {}
-    noted: set[str] = set()
+    texts, over = _remembered(search), search.is_over()
+    before = dict(texts)
+    said: set[str] = set()
+    seen: set[str] = set()
+
+    def say_once(sentence: str) -> None:
+        if sentence not in said:
+            said.add(sentence)
+            say(sentence)
+
     for settings in [candidate.settings for candidate in search.candidates] or [search.base]:
-        if (key := _needs(settings)) in texts:
+        if (needs := _needs(settings)) in seen:
             continue
+        seen.add(needs)
         precision = choose(settings.precision, place.device)
         ready = make_ready(settings, run_vocabulary(settings, say), precision, place, say)
         for stage in ready.values():
             for note in stage.corpus.notes:
-                if note not in noted:
-                    noted.add(note)
-                    say(note)
+                say_once(note)
         now = {name: TextRecord.of(stage.corpus) for name, stage in ready.items()}
-        to_be_read = [] if search.is_over() else [*now]
-        start_over = "give the search another name=..."
-        texts[key] = keep_or_refuse(before.get(key, {}), now, to_be_read, accept_changed_data, say, start_over)
+        known, accepted = texts_of(before, settings), now if accept_changed_data else ()
+        kept = keep_or_refuse(known, now, () if over else now, accepted, say_once, "give the search another name=...")
+        texts |= {_key(settings, name): kept[name] for name in now}
     return texts
 
 
-def remember(search: Search, texts: dict[str, dict[str, TextRecord]]) -> None:
+def remember(search: Search, texts: Texts) -> None:
     """Keeps the records in the search's folder."""
-    tree = {key: {name: plain(text) for name, text in stages.items()} for key, stages in texts.items()}
-    write_whole(search.folder / TEXTS_FILE, json.dumps(tree, indent=1))
+    write_whole(search.folder / TEXTS_FILE, json.dumps({key: plain(text) for key, text in texts.items()}, indent=1))
 
 
-def _remembered(search: Search) -> dict[str, dict[str, TextRecord]]:
+def texts_of(texts: Texts, settings: RunSettings) -> dict[str, TextRecord]:
+    """What is recorded of the text of a trial's stages, by their names."""
+    keys = {name: _key(settings, name) for name in settings.stages}
+    return {name: texts[key] for name, key in keys.items() if key in texts}
+
+
+def _remembered(search: Search) -> Texts:
     file = search.folder / TEXTS_FILE
     found = read_record(file) if file.exists() else {}
-    return {
-        key: {name: validate(TextRecord, tree, str(file), f"{key}.{name}.") for name, tree in stages.items()}
-        for key, stages in found.items()
-    }
+    return {key: validate(TextRecord, tree, str(file), f"{key}.") for key, tree in found.items()}
+
+
+def _key(settings: RunSettings, stage: str) -> str:
+    """Equal for stages that read the same text with the same words, which those of the first stage decide."""
+    first = next(iter(settings.stages.values()))
+    wanted = repr((settings.vocabulary, first.corpus, settings.stages[stage].corpus))
+    return f"{stage}-{hashlib.blake2b(wanted.encode(), digest_size=8).hexdigest()}"
 
 
 def _needs(settings: RunSettings) -> str:
@@ -74,5 +91,4 @@ def _needs(settings: RunSettings) -> str:
         )
         for name, stage in settings.stages.items()
     ]
-    wanted = repr((settings.vocabulary, settings.precision, settings.deepspeed, stages))
-    return hashlib.blake2b(wanted.encode(), digest_size=8).hexdigest()
+    return repr((settings.vocabulary, settings.precision, settings.deepspeed, stages))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +37,8 @@ from dstrain.texts import TEXTS_FILE, TextRecord, keep_or_refuse
 from dstrain.vitals import Vitals, with_vitals
 
 Say = Callable[[str], None]
+Texts = Mapping[str, TextRecord]
+"""By the name of a stage."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,14 @@ class Watch:
     """Whether `asked_to_stop` may end the process: a checkpoint is on disk before it is called."""
 
 
-def run(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool = False) -> Outcome:
+def run(
+    settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool = False, agreed: Texts | None = None
+) -> Outcome:
     """Trains every stage of a run, or goes on where its folder says it was, and reads the test split once.
 
     The door has claimed the folder. Raises UserError for what only now shows (data, weights; text that has changed since
-    the run began, unless that is accepted), Interrupted or GaveOut after saving, Diverged.
+    the run began, unless that is accepted; text that is not the one `agreed` on by a search), Interrupted or GaveOut after
+    saving, Diverged.
     """
     folder = settings.folder
     precision = precision_of(settings, ranks)
@@ -77,12 +83,13 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: 
     if began_with != ranks.world:
         watch.say(f"begun by {began_with} ranks, goes on with {ranks.world}: accumulation keeps every step as it was")
     vocabulary = own_vocabulary(folder) or run_vocabulary(settings, watch.say)
-    ready = make_ready(settings, vocabulary, precision, ranks, watch.say)
+    with ranks.alike():
+        ready = make_ready(settings, vocabulary, precision, ranks, watch.say)
     with ranks.first() as mine:
         if mine:
             write_whole(folder / RANKS_FILE, json.dumps({"ranks": began_with}))
-            texts = texts_of(settings, ready, unfinished, accept_changed_data, watch.say)
-            leave_evidence(settings, vocabulary, ready, texts, ranks)
+            texts = texts_of(settings, ready, unfinished, accept_changed_data, agreed or {}, watch.say)
+            leave_evidence(settings, vocabulary, {name: ready[name] for name in unfinished}, texts, ranks)
     outcome, first_step, weights = Outcome(), 0, None
     report = with_vitals(watch.report, Vitals(ranks.device, watch.say), ranks.gather)
     noted: set[str] = set()
@@ -94,14 +101,16 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: 
                 watch.say(f"{name}: {note}")
         task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective)
         site = Site(name, folder / "stages" / name, first_step, settings.seed)
-        inherit(task, starting_weights(name, stage, weights), watch.say, site.name)
+        with ranks.alike():
+            inherit(task, starting_weights(name, stage, weights), watch.say, site.name)
         if first_step == 0:
             known = facts(task, precision, ranks)
             watch.tag(known)
             watch.say(f"{precision.reason}; attention: {task.encoder.kernel}")
         progress = finished(site) or train(stage, ready[name], task, site, ranks, replace(watch, report=report))
         watch.tag(known | {"attention_kernel": task.encoder.kernel})  # what ran; before, what was expected
-        weights = read_weights(site.folder / "best.safetensors")
+        with ranks.alike():
+            weights = read_weights(site.folder / "best.safetensors")
         first_step += progress.step
         outcome.stopped[name], outcome.best[name] = progress.stopped, progress.best
     assert weights is not None
@@ -122,21 +131,26 @@ def run(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: 
     return outcome
 
 
-def run_patiently(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool = False) -> Outcome:
+def run_patiently(
+    settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool = False, agreed: Texts | None = None
+) -> Outcome:
     """`run`, which begins again at its checkpoint: in smaller pieces where a lone rank's memory ran out, in bf16 where fp16
     gave out."""
     while True:
         try:
-            return run(settings, ranks, watch, accept_changed_data)
+            return run(settings, ranks, watch, accept_changed_data, agreed)
         except GaveOut as error:
             with ranks.first() as mine:
                 if mine:
-                    write_whole(settings.folder / PRECISION_FILE, json.dumps({"precision": "bf16", "why": str(error)}))
+                    write_whole(settings.folder / GAVE_OUT_FILE, f"{error}\n")
                     say_aloud(str(error))
         except OutOfMemory as error:
             if ranks.world > 1:
                 raise
             say_aloud(str(error))
+        gc.collect()  # the engine that failed lies in cycles
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def train(
@@ -150,7 +164,7 @@ def train(
         with checkpoints:
             progress = fit(
                 engine, ready.objective, ready.corpus, stage, ready.course, site, checkpoints, watch.report,
-                watch.asked_to_stop, ready.bf16_at_hand,
+                watch.asked_to_stop, all(ranks.gather(ready.bf16_at_hand)),
             )  # fmt: skip
     finally:
         engine.close()
@@ -173,7 +187,7 @@ class Ready:
     objective: Objective
     plan: dict[str, Any]
     course: Course
-    bf16_at_hand: bool = False
+    bf16_at_hand: bool
     """Whether the stage could go over from fp16 to bf16: the device has it, and the DeepSpeed JSON leaves it free."""
 
     @property
@@ -379,11 +393,11 @@ def _lock(file: IO[str], wait_seconds: float) -> bool:
             return True
 
 
-def claim(settings: RunSettings, wait_seconds: float = 0.0) -> None:
+def claim(settings: RunSettings, say: Say, wait_seconds: float = 0.0) -> None:
     """Makes the run folder, or checks that the one there belongs to a run with these very settings.
 
-    A folder without a checkpoint is taken over: a mistake in the data or the settings can be put right. What a run with
-    other settings has told before it died there is set aside.
+    A folder in which no stage has left anything to go on from is taken over: a mistake in the data or the settings can be
+    put right. What a run with other settings has told before it died there is set aside.
     """
     hold(settings.folder, wait_seconds)
     file = settings.folder / "settings.yaml"
@@ -391,8 +405,9 @@ def claim(settings: RunSettings, wait_seconds: float = 0.0) -> None:
     there = file.read_text(encoding="utf-8") if file.exists() else ""
     if not has_begun(settings.folder):
         if there not in ("", wanted) and (settings.folder / READINGS_FILE).exists():
-            set_aside(settings.folder)
+            say(f"{settings.folder}: what a run with other settings left there is now in {set_aside(settings.folder)}")
             hold(settings.folder)
+        (settings.folder / GAVE_OUT_FILE).unlink(missing_ok=True)
         write_whole(file, wanted)
         return
     if there != wanted:
@@ -406,8 +421,8 @@ def claim(settings: RunSettings, wait_seconds: float = 0.0) -> None:
         )
 
 
-def set_aside(folder: Path) -> None:
-    """Renames a run folder out of the way: starting over loses nothing."""
+def set_aside(folder: Path) -> Path:
+    """Renames a run folder out of the way, and returns its new name: starting over loses nothing."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1
@@ -417,18 +432,21 @@ def set_aside(folder: Path) -> None:
         folder.rename(aside)
         if held:
             held.close()
+    return aside
 
 
 def texts_of(
-    settings: RunSettings, ready: dict[str, Ready], unfinished: list[str], accept_changed: bool, say: Say
+    settings: RunSettings, ready: dict[str, Ready], unfinished: list[str], accept_changed: bool, agreed: Texts, say: Say
 ) -> dict[str, TextRecord]:
     """A record of every stage's text. Raises UserError when one that is still to be read has changed on the way."""
     now = {name: TextRecord.of(stage.corpus) for name, stage in ready.items()}
+    to_be_read = {*unfinished, [*ready][-1]}  # the last one's test split
+    keep_or_refuse(agreed, now, to_be_read, (), say, "give the search another name=...")
     file = settings.folder / TEXTS_FILE
     if not has_begun(settings.folder) or not file.exists():
         return now
     before = {name: validate(TextRecord, tree, str(file), f"{name}.") for name, tree in read_record(file).items()}
-    return keep_or_refuse(before, now, {*unfinished, [*ready][-1]}, accept_changed, say)  # the last one's test split
+    return keep_or_refuse(before, now, to_be_read, now if accept_changed else agreed, say)
 
 
 def leave_evidence(
@@ -444,7 +462,7 @@ def leave_evidence(
 
 def run_files(folder: Path) -> list[Path]:
     """The small files of a run folder that are worth an artifact."""
-    here = ("settings.yaml", "environment.txt", "code.diff", "readings.jsonl", "failure.txt")
+    here = ("settings.yaml", "environment.txt", "code.diff", "readings.jsonl", "failure.txt", GAVE_OUT_FILE)
     return [file for name in (*here, "ds_config.*.json") for file in sorted(folder.glob(name))]
 
 
@@ -460,8 +478,8 @@ def finished(site: Site) -> Progress | None:
     return Progress(**read_record(file)) if file.exists() else None
 
 
-PRECISION_FILE = "precision.json"
-"""Says that fp16 has given way to bf16, and why."""
+GAVE_OUT_FILE = "fp16-gave-out.txt"
+"""Is there when fp16 has given way to bf16, and says why."""
 
 RANKS_FILE = "ranks.json"
 """How many ranks began the run: with their accumulation it says what a step is."""
@@ -474,10 +492,18 @@ def first_world(folder: Path, ranks: Ranks) -> int:
 
 
 def precision_of(settings: RunSettings, ranks: Ranks) -> Precision:
-    """The run's number format: what the settings ask for, or bf16 once fp16 has given way to it."""
-    chosen = choose(settings.precision, ranks.device)
-    gave_out = ranks.agree((settings.folder / PRECISION_FILE).exists() and has_begun(settings.folder))
-    return in_place_of_fp16(ranks.device) or chosen if gave_out else chosen
+    """The run's number format: what the settings ask for, or bf16 once fp16 has given way to it.
+
+    Raises UserError where the device has not got it.
+    """
+    file = settings.folder / GAVE_OUT_FILE
+    if not ranks.agree(file.exists()):
+        return choose(settings.precision, ranks.device)
+    with ranks.alike():
+        if (instead := in_place_of_fp16(ranks.device)) is not None:
+            return instead
+        raise UserError(f"{file}: this run goes on in bf16, which the GPU here has not got; start it on one that has")
+    raise AssertionError("alike raises on all ranks")
 
 
 def read_record(file: Path) -> dict[str, Any]:

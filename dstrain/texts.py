@@ -55,20 +55,20 @@ class TextRecord(Settings):
 
 
 def keep_or_refuse(
-    before: Mapping[str, TextRecord], now: Mapping[str, TextRecord], to_be_read: Collection[str], accept: bool,
+    before: Mapping[str, TextRecord], now: Mapping[str, TextRecord], to_be_read: Collection[str], accepted: Collection[str],
     say: Callable[[str], None], start_over: str = "start over with --resume never",
 ) -> dict[str, TextRecord]:  # fmt: skip
     """The records of a run that goes on: of a stage that is over the one it was trained on, of the others today's.
 
     `to_be_read` names the stages whose text is read from here on. Raises UserError with each of them whose text is
-    another one than `before`, and how to `start_over`; with `accept` that is said, and kept in the record's notes.
+    another one than `before`, and how to `start_over`; where it is `accepted` that is said, and kept in the record's notes.
     """
     records, refused = {**now, **before}, []
     for name, was in before.items():
         if name not in to_be_read or was.fingerprint == now[name].fingerprint:
             continue
-        change = f"the text of {now[name].title} has changed since this run read it: {_change(was, now[name])}"
-        if accept:
+        change = f"the text of {now[name].title} has changed since it was last read: {_change(was, now[name])}"
+        if name in accepted:
             say(f"{name}: {change}")
             records[name] = now[name].model_copy(update={"notes": (*now[name].notes, change)})
         else:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,9 +24,6 @@ if TYPE_CHECKING:
     from dstrain.lifeline import Lifeline
     from dstrain.run import Outcome, Say, Watch
     from dstrain.settings import Document, RunSettings
-
-LAUNCHER_SECONDS = 1.5
-"""Within these a launcher notices that a rank has ended."""
 
 _EPILOG = """\
 examples
@@ -98,19 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _explain(given.explain) if given.explain is not None else _train(given)
     except UserError as error:
-        return _refuse(error, os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
-def _refuse(error: Exception, rank: str) -> int:
-    """Tells a mistake once: mostly all ranks have the same to say, and the launcher ends the others when the first has."""
-    if rank != "0":
-        from dstrain.stopping import SIGNALS
-
-        for number in SIGNALS:
-            signal.signal(number, lambda number, frame: os._exit(2))
-        time.sleep(LAUNCHER_SECONDS)
-    print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
-    return 2
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks have the same to say
+            print(error, file=sys.stderr)
+        return 2
 
 
 def _explain(prefix: str) -> int:
@@ -236,14 +221,14 @@ def _trace(rank: int, world: int) -> str:
 def _claim(settings: RunSettings, ranks: Ranks, anew: bool, say: Say) -> None:
     """Makes the run folder once all that can be refused has been: a refused start leaves nothing and moves nothing."""
     from dstrain.precision import choose
-    from dstrain.run import claim, make_ready, run_vocabulary, set_aside
+    from dstrain.run import claim, has_begun, make_ready, run_vocabulary, set_aside
 
-    if anew or not settings.folder.exists():
+    if anew or not has_begun(settings.folder):
         precision = choose(settings.precision, ranks.device)
         make_ready(settings, run_vocabulary(settings, say), precision, ranks, say)
     if anew:
         set_aside(settings.folder)
-    claim(settings)
+    claim(settings, say)
 
 
 def _tell(rank: int, text: str, status: int) -> int:

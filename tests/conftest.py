@@ -168,7 +168,7 @@ def train_here(
 
     settings = validate(RunSettings, tree, "test")
     told = Told(settings) if told is None else told
-    claim(settings)
+    claim(settings, told.sentences.append)
     report = fan_out(JsonLines(settings.folder), told.readings.append)
     watch = Watch(report, told.sentences.append, told.tags.update, asked_to_stop)
     told.outcome = (run_patiently if patiently else run)(settings, ranks, watch)

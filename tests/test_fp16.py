@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dstrain.engine import Diverged, Engine, Ranks
+from dstrain.healing import GaveOut
 from dstrain.loop import Interrupted
 from dstrain.model.block import Block
 from dstrain.partitions import Whole, put_together
 from dstrain.precision import Precision, choose
+from dstrain.schema import UserError
 
 ZERO = ("zero1", "zero2", "zero3")
 """At stage 0 fp16 is refused (docs/log.md)."""
@@ -55,38 +57,37 @@ def spoil(monkeypatch: pytest.MonkeyPatch, where: Callable[[int, torch.dtype], f
     monkeypatch.setattr(Block, "_mlp", spoilt)
 
 
-def overflow(monkeypatch: pytest.MonkeyPatch, steps: set[int], above: float) -> None:
-    """In these training steps the scaled gradient of layer 1 overflows while the loss is scaled by more than `above`."""
-    intact = Block._mlp
-
-    def overflowing(self: Block, x_TE: Tensor) -> Tensor:
-        out_TE = intact(self, x_TE)
-        if self.training and self.mlp_dropout.place == "block 1 mlp" and self.mlp_dropout.step in steps:
-            # the gradient that arrives here carries the scale
-            out_TE.register_hook(lambda gradient: gradient * (math.inf if SCALE() > above else 1.0))
-        return out_TE
-
-    monkeypatch.setattr(Block, "_mlp", overflowing)
-
-
-SCALE: Callable[[], float] = lambda: 1.0  # noqa: E731
-
-
 @pytest.fixture
-def scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `overflow` know the loss scale of the engine at work."""
-    intact = Engine.backward
+def overflow(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int], float], None]:
+    """`overflow(steps, above)`: the gradient of layer 1 overflows in these training steps while the scale is above that."""
+    backward, mlp, scale = Engine.backward, Block._mlp, [1.0]
 
-    def backward(self: Engine, loss: Tensor) -> None:
-        monkeypatch.setattr("test_fp16.SCALE", lambda: self.loss_scale)
-        intact(self, loss)
+    def noting(self: Engine, loss: Tensor) -> None:
+        scale[0] = self.loss_scale
+        backward(self, loss)
 
-    monkeypatch.setattr(Engine, "backward", backward)
+    def overflow(steps: set[int], above: float) -> None:
+        def overflowing(self: Block, x_TE: Tensor) -> Tensor:
+            out_TE = mlp(self, x_TE)
+            if self.training and self.mlp_dropout.place == "block 1 mlp" and self.mlp_dropout.step in steps:
+                out_TE.register_hook(lambda gradient: gradient * (math.inf if scale[0] > above else 1.0))
+            return out_TE
+
+        monkeypatch.setattr(Block, "_mlp", overflowing)
+
+    monkeypatch.setattr(Engine, "backward", noting)
+    return overflow
 
 
 def events(told: Told) -> list[tuple[str, int, dict[str, float]]]:
     found = [reading for reading in told.readings if reading.split == "events"]
     return [(reading.stage, reading.step, dict(reading.values)) for reading in found]
+
+
+def stop_after(steps: int) -> Callable[[], bool]:
+    """Asks to stop when it has been asked so often."""
+    left = iter([False] * steps)
+    return lambda: next(left, True)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -104,9 +105,9 @@ def test_fp16_learns_what_fp32_learns(zero: str, small_corpus: Path, tmp_path: P
 
 @pytest.mark.parametrize("zero", ZERO)
 def test_an_overflow_lowers_the_scale_and_costs_one_step(
-    zero: str, small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, scale: None
+    zero: str, small_corpus: Path, tmp_path: Path, ranks: Ranks, overflow: Callable[[set[int], float], None]
 ) -> None:
-    overflow(monkeypatch, set(range(14)), above=16384.0)
+    overflow(set(range(14)), 16384.0)
     changes = {"loss_scale": {"hysteresis": 1}}
     told = train_here(run_of(small_corpus, tmp_path, zero, **changes), ranks)
     assert events(told) == [
@@ -132,17 +133,16 @@ def test_a_loss_that_is_no_number_is_no_matter_of_scale(
 
 @pytest.mark.parametrize("zero", ZERO)
 def test_stopped_and_gone_on_with_is_bit_for_bit_the_same(
-    zero: str, small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, scale: None
+    zero: str, small_corpus: Path, tmp_path: Path, ranks: Ranks, overflow: Callable[[set[int], float], None]
 ) -> None:
     """The history of the loss scale included: it falls before the stop, and rises after it."""
-    overflow(monkeypatch, {7, 8}, above=16384.0)
+    overflow({7, 8}, 16384.0)
     changes = {"loss_scale": {"hysteresis": 1, "loss_scale_window": 3}, "stages__finetune__checkpoint_every": 1}
     whole = train_here(run_of(small_corpus, tmp_path / "whole", zero, **changes), ranks)
     tree, told = run_of(small_corpus, tmp_path / "parts", zero, **changes), Told(None)  # type: ignore[arg-type]
-    for stop in (8, 10):
-        countdown = iter([False] * (stop if stop == 8 else 2))
+    for steps in (8, 2):
         with pytest.raises(Interrupted):
-            train_here(tree, ranks, lambda left=countdown: next(left, True), told)
+            train_here(tree, ranks, stop_after(steps), told)
     train_here(tree, ranks, told=told)
     assert events(told) == events(whole) and len(events(whole)) >= 3
     assert told.losses("finetune") == whole.losses("finetune")
@@ -155,7 +155,8 @@ def test_fp16_that_gives_out_gives_way_to_bf16(
     zero: str, small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Nothing that was learnt is lost, the very step is taken in bf16, and so is every later stage; a stop changes nothing."""
+    """Nothing that was learnt is lost, the very step is taken in bf16, and so is every later stage. Stops change nothing, nor
+    does a death between the last checkpoint in fp16 and the note of it."""
     spoil(monkeypatch, lambda step, dtype: math.inf if step >= 2 and dtype == torch.float16 else 1.0)
     healing = {f"stages__{name}__healing": {"skips_in_a_row": 1} for name in ("pretrain", "finetune")}
     told = train_here(run_of(small_corpus, tmp_path / "whole", zero, **healing), ranks, patiently=True)
@@ -174,11 +175,16 @@ def test_fp16_that_gives_out_gives_way_to_bf16(
     assert told.losses("finetune") == pytest.approx(reference.losses("finetune"), rel=5e-2)
 
     tree, parts = run_of(small_corpus, tmp_path / "parts", zero, **healing), Told(None)  # type: ignore[arg-type]
-    for steps in (5, 1, 4):
-        countdown = iter([False] * steps)
+    with pytest.raises(Interrupted):
+        train_here(tree, ranks, stop_after(4), parts, patiently=True)  # there is a checkpoint of the step before
+    for _ in range(2):
+        with pytest.raises(GaveOut, match="at step 5"):
+            train_here(tree, ranks, told=parts)
+    for steps in (0, 1, 4):
         with pytest.raises(Interrupted):
-            train_here(tree, ranks, lambda left=countdown: next(left, True), parts, patiently=True)
+            train_here(tree, ranks, stop_after(steps), parts, patiently=True)
     train_here(tree, ranks, told=parts, patiently=True)
+    assert events(parts) == events(told) and parts.losses("pretrain") == pytest.approx(told.losses("pretrain"), nan_ok=True)
     assert parts.losses("finetune") == told.losses("finetune")
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -230,6 +236,33 @@ def test_without_bf16_the_stage_is_given_up(
         tree["deepspeed"] = str(tmp_path / "mine.json")
     with pytest.raises(Diverged, match="pretrain: loss is not a number at step 4"):
         train_here(tree, ranks, patiently=True)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_what_was_saved_in_bf16_goes_on_in_fp16(
+    zero: str, small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where population-based training hands a trial's state to another one."""
+    tree = run_of(small_corpus, tmp_path, zero, stages__finetune=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("dstrain.run.choose", lambda wanted, device: Precision("bf16", torch.bfloat16, ""))
+        with pytest.raises(Interrupted):
+            train_here(tree, ranks, stop_after(3))
+    told = train_here(tree, ranks)
+    assert [reading.step for reading in told.readings if "loss_scale" in reading.values] == [4, 5, 6]
+    assert all(math.isfinite(loss) for loss in told.losses("pretrain"))
+
+
+def test_a_run_that_goes_on_in_bf16_is_refused_where_there_is_none(
+    small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = run_of(small_corpus, tmp_path, "zero1", stages__finetune=None)
+    with pytest.raises(Interrupted):
+        train_here(tree, ranks, stop_after(3))
+    (tmp_path / "tiny/fp16-gave-out.txt").write_text("once")
+    monkeypatch.setattr("dstrain.run.in_place_of_fp16", lambda device: None)
+    with pytest.raises(UserError, match=r"fp16-gave-out\.txt: this run goes on in bf16, which the GPU here has not got"):
+        train_here(tree, ranks)
 
 
 def test_numbers_that_bf16_cannot_hold_either_end_the_stage(

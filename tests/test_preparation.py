@@ -9,7 +9,9 @@ import pytest
 from conftest import tiny_run
 from test_texts import append_row
 
-from dstrain.preparation import prepare, remember
+from dstrain.engine import Ranks
+from dstrain.preparation import prepare, remember, texts_of
+from dstrain.run import Watch, claim, run
 from dstrain.schema import UserError, dump_yaml
 from dstrain.search import Search, plan_search
 from dstrain.settings import read_document
@@ -34,13 +36,13 @@ def copied(small_corpus: Path, tmp_path: Path) -> Copied:
 def test_a_search_notices_that_its_text_has_changed(copied: Copied) -> None:
     search, corpus = copied
     remember(search, prepare(search, 1, False, print))
-    assert len(prepare(search, 1, False, print)) == 1, "the trials need the same"
+    assert len(prepare(search, 1, False, print)) == 2, "the trials read the same, in two stages"
     whole = (corpus / "train.csv").read_bytes()
     append_row(corpus / "train.csv", "one document more about sockets and strings")
     with pytest.raises(UserError) as refused:
         prepare(search, 1, False, print)
     first, second = str(refused.value).splitlines()
-    assert first.startswith(f"stages.pretrain: the text of corpus {corpus} has changed since this run read it: ")
+    assert first.startswith(f"stages.pretrain: the text of corpus {corpus} has changed since it was last read: ")
     assert "train 60 -> 61 documents" in second and second.endswith("or give the search another name=...")
     (corpus / "train.csv").write_bytes(whole)
     prepare(search, 1, False, print)
@@ -62,3 +64,27 @@ def test_a_search_that_is_over_reads_nothing_any_more(copied: Copied, monkeypatc
     append_row(corpus / "train.csv", "one document more about sockets and strings")
     monkeypatch.setattr(Search, "is_over", lambda self: True)
     prepare(search, 1, False, print)
+
+
+def test_a_trial_reads_what_the_search_has_agreed_on_or_nothing(copied: Copied, ranks: Ranks) -> None:
+    """Text that changes while a search runs, and a trial that begins or goes on then."""
+    search, corpus = copied
+    texts = prepare(search, 1, False, print)
+    trial = search.candidates[0]
+    append_row(corpus / "train.csv", "one document more about sockets and strings")
+    watch = Watch(lambda reading: None, print, lambda tags: None)
+    claim(trial.settings, print)
+    with pytest.raises(UserError, match=r"stages\.pretrain: .* has changed since it was last read: .* the search another name"):
+        run(trial.settings, ranks, watch, agreed=texts_of(texts, trial.settings))
+    texts = prepare(search, 1, False, print, accept_changed_data=True)
+    assert run(trial.settings, ranks, watch, agreed=texts_of(texts, trial.settings)).test
+
+
+def test_trials_that_cut_the_same_text_otherwise_share_its_record(copied: Copied) -> None:
+    """So that a sampler's later proposals are known."""
+    search, _ = copied
+    texts = prepare(search, 1, False, print)
+    settings = search.candidates[0].settings
+    stages = {name: stage.model_copy(update={"max_length": 32}) for name, stage in settings.stages.items()}
+    shorter = settings.model_copy(update={"stages": stages})
+    assert texts_of(texts, shorter) == texts_of(texts, settings) != {}

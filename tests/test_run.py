@@ -337,9 +337,9 @@ def test_finished_stages_are_not_trained_again(
 def test_a_folder_belongs_to_its_settings(small_corpus: Path, tmp_path: Path, ranks: Ranks) -> None:
     train_here(tiny_run(small_corpus, tmp_path), ranks)
     own = (tmp_path / "tiny/settings.yaml").read_text()
-    claim(settings_of(small_corpus, tmp_path))
+    claim(settings_of(small_corpus, tmp_path), print)
     with pytest.raises(UserError) as caught:
-        claim(settings_of(small_corpus, tmp_path, seed=7, stages__finetune__optim__lr=0.5))
+        claim(settings_of(small_corpus, tmp_path, seed=7, stages__finetune__optim__lr=0.5), print)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'tiny'}: holds a run with other settings (")
     assert "- seed: 0; + seed: 7" in message and "+ lr: 0.5" in message and "\n" not in message
@@ -348,9 +348,28 @@ def test_a_folder_belongs_to_its_settings(small_corpus: Path, tmp_path: Path, ra
 
 
 def test_a_folder_without_a_stage_can_be_taken_over(small_corpus: Path, tmp_path: Path) -> None:
-    claim(settings_of(small_corpus, tmp_path))
-    claim(settings_of(small_corpus, tmp_path, seed=7))
+    claim(settings_of(small_corpus, tmp_path), print)
+    claim(settings_of(small_corpus, tmp_path, seed=7), print)
     assert read_yaml(tmp_path / "tiny/settings.yaml")["base"]["seed"] == 7
+
+
+def test_what_a_run_told_that_died_early_is_set_aside_for_other_settings(
+    small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It left readings and best weights, and no checkpoint."""
+    claim(settings_of(small_corpus, tmp_path), print)
+    folder = tmp_path / "tiny"
+    (folder / "stages/pretrain").mkdir(parents=True)
+    for name in ("readings.jsonl", "stages/pretrain/best.safetensors", "fp16-gave-out.txt"):
+        (folder / name).write_text("left")
+    claim(settings_of(small_corpus, tmp_path), print)
+    assert (folder / "readings.jsonl").exists(), "the same settings take the same steps again"
+    assert not (folder / "fp16-gave-out.txt").exists()
+    assert capsys.readouterr().out == ""
+    claim(settings_of(small_corpus, tmp_path, seed=7), print)
+    assert capsys.readouterr().out == f"{folder}: what a run with other settings left there is now in {folder}.before-1\n"
+    assert (tmp_path / "tiny.before-1/readings.jsonl").exists() and not (folder / "readings.jsonl").exists()
+    claim(settings_of(small_corpus, tmp_path, seed=7), print)
 
 
 def test_starting_over_loses_nothing(tmp_path: Path) -> None:
@@ -405,11 +424,11 @@ def test_a_folder_in_use_is_refused_with_the_name_of_its_user(small_corpus: Path
         while other.poll() is None and not (mark.exists() and mark.read_text()):
             time.sleep(0.05)
         with pytest.raises(UserError, match=rf"is in use by process {other.pid} on \S+; wait for it, end it, or give name"):
-            claim(settings)
+            claim(settings, print)
     finally:
         other.communicate("\n")
-    claim(settings)
-    claim(settings)
+    claim(settings, print)
+    claim(settings, print)
 
 
 @pytest.mark.parametrize("text", ['{"st', "3", "\x00"])

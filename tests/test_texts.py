@@ -30,24 +30,24 @@ def test_a_changed_text_is_refused_with_fingerprints_amounts_and_ways_out() -> N
     before = {"mlm": record("a1"), "tapt": record("b1"), "classify": record("c1")}
     now = {"mlm": record("a2"), "tapt": record("b2", 6), "classify": record("c1")}
     with pytest.raises(UserError) as refused:
-        keep_or_refuse(before, now, {"tapt", "classify"}, False, print)
+        keep_or_refuse(before, now, {"tapt", "classify"}, (), print)
     assert str(refused.value) == (
-        "stages.tapt: the text of corpus here has changed since this run read it: fingerprint b1 -> b2 "
+        "stages.tapt: the text of corpus here has changed since it was last read: fingerprint b1 -> b2 "
         "(train 5 -> 6 documents, 50 -> 50 tokens); restore it, go on with the changed text by "
         "--accept-changed-data, or start over with --resume never"
     )
     with pytest.raises(UserError, match=r"stages.mlm: .* \(as many documents and tokens, but other ones\)"):
-        keep_or_refuse(before, now, {"mlm"}, False, print)
+        keep_or_refuse(before, now, {"mlm"}, (), print)
 
 
 def test_what_a_finished_stage_was_trained_on_stays_on_record() -> None:
     said: list[str] = []
     before, now = {"mlm": record("a1"), "tapt": record("b1")}, {"mlm": record("a2"), "tapt": record("b2")}
-    kept = keep_or_refuse(before, now, {"tapt"}, True, said.append)
+    kept = keep_or_refuse(before, now, {"tapt"}, now, said.append)
     assert kept["mlm"] == before["mlm"]
     assert kept["tapt"].fingerprint == "b2" and "fingerprint b1 -> b2" in kept["tapt"].notes[-1]
     assert said == [f"tapt: {kept['tapt'].notes[-1]}"]
-    assert keep_or_refuse(kept, now, {"tapt"}, False, said.append) == kept, "told once, and not asked again"
+    assert keep_or_refuse(kept, now, {"tapt"}, (), said.append) == kept, "told once, and not asked again"
 
 
 def at_step(number: int) -> Callable[[], bool]:
@@ -76,7 +76,7 @@ def test_a_run_notices_that_its_text_has_changed(small_corpus: Path, tmp_path: P
     with pytest.raises(UserError) as refused:
         train_here(tree, ranks)
     [sentence] = str(refused.value).splitlines()
-    assert sentence.startswith(f"stages.finetune: the text of corpus {corpus} has changed since this run read it: ")
+    assert sentence.startswith(f"stages.finetune: the text of corpus {corpus} has changed since it was last read: ")
     assert "train 60 -> 61 documents" in sentence and record_before["finetune"]["fingerprint"] in sentence
     assert {str(path): path.stat().st_mtime_ns for path in (folder / "stages").rglob("*")} == before
     assert json.loads((folder / "data.json").read_text()) == record_before

@@ -331,7 +331,7 @@ def test_a_start_claims_the_folder_and_the_same_start_goes_on(write: Write, tmp_
     train._claim(settings, ONE, False, said.append)
     assert load_run(tmp_path / "runs/tiny/settings.yaml") == settings
     train._claim(settings, ONE, False, said.append)
-    (tmp_path / "runs/tiny/stages").mkdir()  # a stage has begun
+    (tmp_path / "runs/tiny/stages/finetune/checkpoints/step-00000001").mkdir(parents=True)  # a stage has begun
     with pytest.raises(UserError, match=r"holds a run with other settings \(-?.*seed.*\); give this one another name"):
         train._claim(load_run(write(seed=3)), ONE, False, said.append)
 

@@ -29,6 +29,15 @@ import torch._dynamo.convert_frame
 optimizer.step()
 """
 
+A_MODULE_FIRST = """\
+import sys, torch, dstrain.uncompiled
+dstrain.uncompiled.put_off_the_compiler()
+import torch._dynamo.config as config
+import torch._dynamo.convert_frame
+assert config is sys.modules["torch._dynamo.config"] is torch._dynamo.config is torch._dynamo.convert_frame.config
+assert config.__spec__.origin == config.__file__ and config.cache_size_limit
+"""
+
 
 def test_the_compiler_is_loaded_when_somebody_compiles_and_no_sooner() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
@@ -36,6 +45,5 @@ def test_the_compiler_is_loaded_when_somebody_compiles_and_no_sooner() -> None:
 
 
 def test_a_module_of_the_compiler_can_be_imported_first() -> None:
-    words = "import torch, dstrain.uncompiled as u; u.put_off_the_compiler(); import torch._dynamo.config as config"
-    done = subprocess.run([sys.executable, "-c", f"{words}; config.cache_size_limit"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", A_MODULE_FIRST], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dstrain.preparation import Texts
     from dstrain.search import Search
     from dstrain.tune.resources import Needs, Room
 
@@ -92,7 +93,7 @@ def _search(given: argparse.Namespace) -> int:
     over = search.is_over()
     if over:
         print(f"{search.folder}: all {len(search.candidates)} trials have ended")
-    interrupted = not over and _run(search, needs)
+    interrupted = not over and _run(search, needs, texts)
     close(search, in_haste=interrupted)
     if interrupted:
         again = " ".join([str(given.file), *given.overrides])
@@ -101,7 +102,7 @@ def _search(given: argparse.Namespace) -> int:
     return int(any(candidate.state == "failed" for candidate in search.everyone()))
 
 
-def _run(search: Search, needs: Needs) -> bool:
+def _run(search: Search, needs: Needs, texts: Texts) -> bool:
     """Runs what is left on a cluster; True when that was interrupted."""
     from dstrain.stopping import answer_signals, stop_on_signals
     from dstrain.tune.driver import Driver
@@ -116,7 +117,7 @@ def _run(search: Search, needs: Needs) -> bool:
         concurrent = room.concurrent(needs, search.settings.max_concurrent)
         left = len(search.pending()) + search.expected - len(search.candidates)
         print(f"{left} of {search.expected} trials to run, {concurrent} at a time, {needs.describe()}")
-        return Driver(search, needs, stop).run()
+        return Driver(search, needs, stop, texts).run()
 
 
 def _dry_run(search: Search, needs: Needs, room: Room) -> int:

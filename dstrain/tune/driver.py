@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dstrain.agenda import Agenda
 from dstrain.desk import DIED, Desk
+from dstrain.preparation import Texts, texts_of
 from dstrain.rungs import PbtSettings
 from dstrain.search import Candidate, Search
 from dstrain.settings import plain
@@ -39,9 +40,9 @@ CARRIED = ("DSTRAIN_", "HF_", "NCCL_", "GLOO_", "OMP_", "XDG_CACHE_HOME", "TORCH
 class Driver:
     """Runs what is left of a search under Tune."""
 
-    def __init__(self, search: Search, needs: Needs, stop: threading.Event) -> None:
-        """`stop` is set from outside to have every trial save and the search end."""
-        self._search, self._needs, self._stop = search, needs, stop
+    def __init__(self, search: Search, needs: Needs, stop: threading.Event, texts: Texts | None = None) -> None:
+        """`stop` is set from outside to have every trial save and the search end; `texts` is what `prepare` returned."""
+        self._search, self._needs, self._stop, self._texts = search, needs, stop, texts or {}
         self._grace_steps, _ = search.clock()
 
     def run(self) -> bool:
@@ -111,6 +112,7 @@ class Driver:
             "run": dict(plain(candidate.settings)),
             "source": search.document.source,
             "metric": search.settings.metric,
+            "texts": {name: plain(text) for name, text in texts_of(self._texts, candidate.settings).items()},
             "ranks": self._needs.ranks,
             "bundle": self._needs.bundle,
             "grace_steps": self._grace_steps,

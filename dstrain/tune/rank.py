@@ -43,6 +43,8 @@ class Order(NamedTuple):
     """The file they come from, for messages."""
     metric: str
     """The metric that decides about the trial."""
+    texts: Mapping[str, Any]
+    """Records of the text that the search has agreed on, by stage, as plain data."""
     environ: Mapping[str, str]
     """The variables a launcher would set."""
 
@@ -147,6 +149,7 @@ class Rank:
         from dstrain.run import run_patiently
         from dstrain.schema import validate
         from dstrain.settings import RunSettings
+        from dstrain.texts import TextRecord
 
         settings = validate(RunSettings, dict(order.run), order.source)
         ranks = join_ranks()
@@ -155,7 +158,8 @@ class Rank:
                 claim_patiently(settings)
         try:
             watch = self._watch(settings.folder, order.metric, ranks.rank)
-            run_patiently(settings, ranks, watch, accept_changed_data=True)  # the search has looked, for all its trials
+            agreed = {name: validate(TextRecord, tree, "the search's text") for name, tree in order.texts.items()}
+            run_patiently(settings, ranks, watch, agreed=agreed)
             self._hand_over()
         except Interrupted:
             pass  # what was asked for
@@ -208,7 +212,7 @@ def claim_patiently(settings: RunSettings) -> None:
         hold(settings.folder, CLAIM_SECONDS)
     except UserError as error:
         raise TimeoutError(str(error)) from None
-    claim(settings)
+    claim(settings, lambda sentence: None)
 
 
 # ------------------------------------------------------------------------------------- what a run leaves

@@ -109,7 +109,7 @@ def _begin(seats: Sequence[Any], start: str, plan: Mapping[str, Any], run: Mappi
         "WORLD_SIZE": str(len(seats)), "LOCAL_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": str(port),
         "DSTRAIN_LAUNCHER": "ray",
     }  # fmt: skip
-    order = {"run": run, "source": plan["source"], "metric": plan["metric"]}
+    order = {"run": run, **{name: plan[name] for name in ("source", "metric", "texts")}}
     ray.get([
         seat.begin.remote(start, {**order, "environ": {**place, "RANK": str(rank)}})
         for rank, seat in enumerate(seats)

@@ -70,6 +70,25 @@ def test_a_number_that_breaks_on_one_rank_is_skipped_by_both(zero: str, small_co
     assert [(reading.step, reading.values) for reading in told] == [(3, {"skipped_batches": 1.0})]
 
 
+MISSING = """\
+import dstrain.run, dstrain.schema
+
+def missing(*given):
+    raise dstrain.schema.UserError("there is no such file on this machine")
+
+if rank == 1:
+    dstrain.run.stage_corpus = missing
+"""
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_one_rank_meets_is_told_once(small_corpus: Path, tmp_path: Path) -> None:
+    done = two_ranks(tmp_path, write_run(small_corpus, tmp_path, "run"), "pass", MISSING)
+    assert done.returncode != 0
+    assert done.stderr.count("on rank 1: there is no such file on this machine") == 1, done.stderr
+    assert "was lost" not in done.stderr and "Connection closed" not in done.stderr and not (tmp_path / "run/stages").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero1", "zero3"])
 def test_fp16_that_gives_out_on_one_rank_gives_way_to_bf16_on_both(
@@ -82,7 +101,7 @@ def test_fp16_that_gives_out_on_one_rank_gives_way_to_bf16_on_both(
     assert done.stderr.count("pretrain: loss is not a number at step 5, and the run goes on in bf16: on rank 1 ") == 1
     told = [reading for reading in read_readings(tmp_path / "run") if reading.split == "events"]
     assert [(reading.step, reading.values) for reading in told] == [
-        (3, {"skipped_batches": 1.0}), (4, {"attention_in_fp32": 1.0, "skipped_batches": 2.0}), (5, {"bf16_for_fp16": 1.0})
+        (3, {"skipped_batches": 1.0}), (4, {"attention_in_fp32": 1.0, "skipped_batches": 2.0}), (5, {"bf16_for_fp16": 1.0}),
     ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from dstrain.engine import free_port
 VICTIM = """\
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from dstrain import healing, schema
+from dstrain import healing, loop
 rank, taken = int(os.environ["RANK"]), 0
 
 def die():
@@ -45,7 +45,6 @@ DEATHS = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",
     "gone": "os._exit(7)",
     "raised": 'raise RuntimeError("the ranks own error")',
-    "mistaken": 'raise schema.UserError("a mistake on one machine")',
 }
 
 
@@ -119,17 +118,6 @@ def test_the_others_end_soon_and_say_little(
         assert after.count(f"rank {rank} was lost") <= 1
     assert ours.count("was lost") <= 1 and "Connection closed by peer" not in said, said
     assert said.count("Traceback") <= (1 if death == "raised" else 0) + (launcher == "torchrun"), said
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "nobody"])
-def test_a_mistake_that_only_one_rank_meets_is_told(launcher: str, small_corpus: Path, tmp_path: Path) -> None:
-    """Such as a file that is missing on its machine."""
-    run = write_run(small_corpus, tmp_path, "run", stages__finetune=None)
-    seconds, status, said = run_until_death(tmp_path, run, launcher, "mistaken", 1)
-    assert seconds < 30 and status != 0, said
-    assert said.count("rank 1: a mistake on one machine") == 1 and "Connection closed" not in said, said
-    assert "Traceback" not in said or launcher == "torchrun", said
 
 
 @pytest.mark.slow

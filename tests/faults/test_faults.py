@@ -54,7 +54,7 @@ def test_two_ranks(made: Harness, zero: int) -> None:
     """Any attention and precision at each ZeRO stage, tracked by MLflow; the rank that dies takes the other with it."""
     drawn = random.SystemRandom()
     precision = drawn.choice(["fp32", "bf16"])
-    made.chain(Configuration(drawn.choice([*ATTENTION]), zero, 2, precision, tracked=True), 5)
+    made.chain(Configuration(drawn.choice([*ATTENTION]), zero, 2, precision, tracked=True), 3)
     assert made.deaths and "ZeRO" in tables(made.deaths)
 
 
