@@ -433,7 +433,9 @@ class Agent:
             sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1",
             "--backend-store-uri", f"sqlite:///{database}", "--no-serve-artifacts", "--default-artifact-root", artifacts,
         ]  # fmt: skip
-        return start(words, self._environ, self._attempt.path("mlflow"))
+        # Its job runner for language models is four more processes, with files in /dev/shm that a kill leaves there.
+        environ = {**self._environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        return start(words, environ, self._attempt.path("mlflow"))
 
     def _wait_for_mlflow(self, server: subprocess.Popen[bytes]) -> None:
         """The command is told of the server either way: readings wait in the run folders for one that is late."""

@@ -18,6 +18,7 @@ from dstrain.readings import read_readings
 from dstrain.schema import dump_yaml
 
 BIN = Path(sys.executable).parent
+SHARED_MEMORY = Path("/dev/shm")
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
 
 
@@ -40,12 +41,14 @@ def launch(folder: Path, launcher: str, ranks: int, *words: str) -> subprocess.C
     mark = f"{folder}-{launcher}-{ranks}-{free_port()}"
     environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DSTRAIN_TEST_MARK": mark}
     environ["PATH"] = f"{BIN}{os.pathsep}{environ['PATH']}"
+    shared = {*SHARED_MEMORY.iterdir()}
     done = subprocess.run(
         command(launcher, ranks, *words), cwd=folder, env=environ, capture_output=True, text=True, timeout=300
     )
     ours = [process for process in psutil.process_iter() if mark in _environ(process).values()]
     _, left = psutil.wait_procs(ours, timeout=10)  # the launcher does not wait for a rank's own last breath
     assert left == [], f"processes are left: {left}"
+    assert not {*SHARED_MEMORY.iterdir()} - shared, "memory is left, until the machine is started again"
     return done
 
 
