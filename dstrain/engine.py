@@ -249,9 +249,12 @@ def import_deepspeed() -> Any:
             warnings.simplefilter("ignore")
             import deepspeed
             import deepspeed.runtime.zero.muon.original_muon  # compiles as it is imported, and every engine imports it
+            from deepspeed.runtime import bf16_optimizer
     finally:
         if hidden:
             del sys.modules["mlflow"]
+    # Six times an engine it collects garbage, only to tell a log how much memory there is.
+    bf16_optimizer.see_memory_usage = lambda *said, **how: None
     # It calls torch's collectives by names that torch renames, and Python would tell so again at every step.
     warnings.filterwarnings("ignore", r".*torch\.distributed\.", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -582,18 +585,21 @@ class Engine:
         They may be those of another number of ranks, and of fp16 where this engine is not in fp16, or the reverse.
         """
         with self.ranks.alike(), _readable(folder):  # before the ranks meet in the middle of it
-            files = [
-                self._ds.checkpoint_engine.load(str(file), "cpu", mmap=True)
-                for pattern in ("*model_states.pt", "*optim_states.pt")
-                for file in files_by_rank(folder / _ENGINE_FOLDER, pattern).values()
-            ]
+            model, states = self._read(folder)
         with _readable(folder), _silence():
-            return dict(json.loads(self._restore(folder, files)["progress"]))
+            return dict(json.loads(self._restore(folder, model, states)["progress"]))
 
-    def _restore(self, folder: Path, files: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _read(self, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """(rank 0's file of the model, the optimizer's state of every rank), as far as they are looked at."""
+        model, *_ = self._load_files(folder, "*model_states.pt")
+        return model, [file["optimizer_state_dict"] for file in self._load_files(folder, "*optim_states.pt")]
+
+    def _load_files(self, folder: Path, pattern: str) -> list[dict[str, Any]]:
+        files = files_by_rank(folder / _ENGINE_FOLDER, pattern).values()
+        return [self._ds.checkpoint_engine.load(str(file), "cpu", mmap=True) for file in files]
+
+    def _restore(self, folder: Path, model: dict[str, Any], states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Returns what DeepSpeed keeps for its client."""
-        states = [file["optimizer_state_dict"] for file in files if "optimizer_state_dict" in file]
-        model = files[0]
         was, now = _in_fp16(model["ds_config"]), _in_fp16(self._ds.config)
         self.gave_out = was and not now
         # At stage 0 there are no states, and ranks are alike.

@@ -356,7 +356,7 @@ def test_shares_that_are_put_together_and_cut_anew_are_the_same(
     folder = save(saved, tmp_path, {})
     saved.close()
     loaded = open_engine(Layers(), plan, ranks, precision)
-    loaded._share_out(folder / "engine")
+    loaded._share_out(*loaded._read(folder), with_scale=True)
     assert equal(loaded.weights(), whole.weights())
     for features in batches(5)[3:]:
         step(loaded, features)
@@ -436,14 +436,27 @@ def test_an_overflow_is_a_fault_only_at_the_smallest_loss_scale(ranks: Ranks) ->
     engine = with_a_loss_scale(ranks)
     [features] = batches(1)
     before = engine.weights()
+    overflowing = engine.task.second.register_forward_hook(  # type: ignore[union-attr]
+        lambda module, given, out: out.register_hook(lambda gradient: gradient * math.inf) and None
+    )
     for scale, skipped in ((4, 1), (2, 2)):
-        step(engine, features * math.nan)  # no fault: DeepSpeed skips the step and mends the scale
+        step(engine, features)  # no fault: DeepSpeed skips the step and mends the scale
         assert (engine.loss_scale, engine.skipped_steps) == (scale, skipped)
     with pytest.raises(NotFinite):
-        step(engine, features * math.nan)
+        step(engine, features)
     assert equal(engine.weights(), before) and engine.loss_scale == 2
+    overflowing.remove()
     step(engine, features)
     assert all(weight.isfinite().all() for weight in engine.weights().values()) and not equal(engine.weights(), before)
+    engine.close()
+
+
+def test_a_loss_that_is_no_number_blames_no_loss_scale(ranks: Ranks) -> None:
+    engine = with_a_loss_scale(ranks)
+    [features] = batches(1)
+    with pytest.raises(NotFinite):
+        step(engine, features * math.nan)
+    assert (engine.loss_scale, engine.skipped_steps) == (8, 0)
     engine.close()
 
 
