@@ -553,6 +553,8 @@ def trained(runs: dict[str, Any], world: int) -> dict[str, Any]:
         for rank in range(world)
     ]  # fmt: skip
     said = [process.communicate(timeout=300) for process in ranks]
+    for shared_memory in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        shared_memory.unlink()  # as dstrain's engine does
     assert all(process.returncode == 0 for process in ranks), said[0][1][-3000:]
     line = next(line for line in said[0][0].splitlines() if line.startswith("FOUND"))
     return json.loads(line.removeprefix("FOUND"))
