@@ -17,10 +17,12 @@ help:
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml
+	@echo "installing PyTorch, DeepSpeed, Ray and MLflow into $(VENV): about 2 GB, some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip
 	$(INSTALL) $(TORCH)
 	$(INSTALL) --editable .
+	@echo "compiling DeepSpeed's communication operator: one to three minutes, once"
 	$(BIN)/python -m dstrain.engine
 	@touch $@
 

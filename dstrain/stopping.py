@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 SAVED_COME_BACK = 75
 """Exit status of what was asked to stop and saved, or has to begin again at its checkpoint: EX_TEMPFAIL, on which a
 scheduler's script may requeue."""
+ECHO_SECONDS = 2.0
+"""A signal so soon after the first is the same wish: on a Ctrl-C, DeepSpeed's launcher sends SIGTERM after it."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def stop_on_signals(answer: str) -> threading.Event:
-    """An event that SIGTERM, SIGUSR1 and SIGINT set, answering with a sentence; a second one ends the process at once."""
+    """An event that SIGTERM, SIGUSR1 and SIGINT set, answering with a sentence; one that comes later ends the process at
+    once."""
     stop = threading.Event()
     answer_signals(stop, answer)
     return stop
@@ -22,9 +26,15 @@ def stop_on_signals(answer: str) -> threading.Event:
 def answer_signals(stop: threading.Event, answer: str) -> None:
     """Has the signals set `stop`, also where a library has meanwhile put handlers of its own on them."""
 
+    asked = 0.0
+
     def handle(number: int, frame: object) -> None:
+        nonlocal asked
         if stop.is_set():
-            os._exit(128 + number)
+            if time.monotonic() - asked > ECHO_SECONDS:
+                os._exit(128 + number)
+            return
+        asked = time.monotonic()
         stop.set()
         os.write(2, f"{answer} (again: at once)\n".encode())
 

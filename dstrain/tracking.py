@@ -648,8 +648,12 @@ def ui_command(uri: str, port: int = 5000) -> str:
         return without_password(uri)
     path = _sqlite_path(uri)
     store = f"sqlite:///{_from_here(path)}" if path else without_password(uri)
-    program = "mlflow" if shutil.which("mlflow") else str(_from_here(Path(sys.executable).with_name("mlflow")))
-    return shlex.join([program, "ui", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port)])
+    return shlex.join([program_here("mlflow"), "ui", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port)])
+
+
+def program_here(name: str) -> str:
+    """What to type for a program of this environment, which may not be activated."""
+    return name if shutil.which(name) else str(_from_here(Path(sys.executable).with_name(name)))
 
 
 def _from_here(path: Path) -> Path:

@@ -141,6 +141,7 @@ def close(search: Search, in_haste: bool = False) -> None:
     from rich.console import Console
 
     from dstrain.search import finals_table, table
+    from dstrain.tracking import program_here
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table(search))
@@ -151,7 +152,7 @@ def close(search: Search, in_haste: bool = False) -> None:
     best = search.write_best()
     if best:
         print(f"best:    {best}")
-        print(f"retrain: deepspeed dstrain/train.py {best}")
+        print(f"retrain: {program_here('deepspeed')} dstrain/train.py {best}")
     if search.base.tracking.enabled:
         _show_pages(search)
 

@@ -34,7 +34,7 @@ def seat() -> Iterator[Seat]:
 
 def order(tree: Mapping[str, Any]) -> dict[str, Any]:
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return {"run": tree, "source": "tiny.yaml", "metric": METRIC, "environ": place}
+    return {"run": tree, "source": "tiny.yaml", "metric": METRIC, "texts": {}, "environ": place}
 
 
 def next_of(seat: Seat, kind: str) -> Any:
