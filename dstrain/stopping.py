@@ -11,13 +11,13 @@ SAVED_COME_BACK = 75
 """Exit status of what was asked to stop and saved, or has to begin again at its checkpoint: EX_TEMPFAIL, on which a
 scheduler's script may requeue."""
 ECHO_SECONDS = 2.0
-"""A signal so soon after the first is the same wish: on a Ctrl-C, DeepSpeed's launcher sends SIGTERM after it."""
+"""Another signal so soon after the first is the same wish: on a Ctrl-C, DeepSpeed's launcher sends SIGTERM after it."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def stop_on_signals(answer: str) -> threading.Event:
-    """An event that SIGTERM, SIGUSR1 and SIGINT set, answering with a sentence; one that comes later ends the process at
-    once."""
+    """An event that SIGTERM, SIGUSR1 and SIGINT set, answering with a sentence; a second one ends the process at once,
+    unless it is a launcher's echo of the first."""
     stop = threading.Event()
     answer_signals(stop, answer)
     return stop
@@ -26,15 +26,15 @@ def stop_on_signals(answer: str) -> threading.Event:
 def answer_signals(stop: threading.Event, answer: str) -> None:
     """Has the signals set `stop`, also where a library has meanwhile put handlers of its own on them."""
 
-    asked = 0.0
+    first, asked = 0, 0.0
 
     def handle(number: int, frame: object) -> None:
-        nonlocal asked
+        nonlocal first, asked
         if stop.is_set():
-            if time.monotonic() - asked > ECHO_SECONDS:
+            if number == first or time.monotonic() - asked > ECHO_SECONDS:
                 os._exit(128 + number)
             return
-        asked = time.monotonic()
+        first, asked = number, time.monotonic()
         stop.set()
         os.write(2, f"{answer} (again: at once)\n".encode())
 

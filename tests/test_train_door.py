@@ -147,7 +147,17 @@ def test_a_refused_start_leaves_nothing_behind(write: Write, tmp_path: Path, ove
     assert not (tmp_path / "runs").exists() and not list((tmp_path / "here").iterdir())
 
 
-def test_a_second_signal_ends_at_once_unless_it_is_an_echo_of_the_first() -> None:
+def test_a_second_signal_ends_at_once() -> None:
+    code = (
+        "import os, signal; from dstrain.stopping import stop_on_signals; stop = stop_on_signals('saving')\n"
+        "os.kill(os.getpid(), signal.SIGTERM); assert stop.is_set(); os.kill(os.getpid(), signal.SIGTERM); print('still here')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
+    assert done.stderr == "saving (again: at once)\n"
+
+
+def test_another_signal_at_the_same_time_is_an_echo_of_the_first() -> None:
     """DeepSpeed's launcher sends SIGTERM when it gets the SIGINT of a Ctrl-C, which reaches the ranks too."""
     code = (
         "import os, signal, time; from dstrain import stopping; stop = stopping.stop_on_signals('saving')\n"
