@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import getpass
 import json
+import logging
 import os
 import re
 import shlex
@@ -396,6 +397,8 @@ class Courier:
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 
+        # MLflow reads its level when it is imported, which another library may have done before.
+        logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())
         if not self.uri.startswith("http"):
             from mlflow.store.db import utils as database
 

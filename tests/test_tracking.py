@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -388,6 +389,7 @@ def test_a_store_that_comes_back_gets_everything_once(tmp_path: Path, schema: Pa
 def test_a_store_on_a_full_disk_gets_everything_when_there_is_room(
     small_disk: Path, tmp_path: Path, schema: Path, said: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
+    logging.getLogger("mlflow").setLevel("INFO")  # as where another library imported MLflow first
     shutil.copy(schema, small_disk / "mlflow.db")
     tracker = open_tracker(tmp_path / "runs", said, f"sqlite:///{small_disk / 'mlflow.db'}")
     run = tracker.run(tmp_path / "runs/a", "a", {"i": 1}, {})
