@@ -25,6 +25,7 @@ import logging
 import os
 import random
 import resource
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,12 @@ def search_file(folder: Path, trials: int, share: float, steps: int) -> Path:
     file = folder / "search.yaml"
     file.write_text(dump_yaml({"base": base, "space": {"stages.finetune.optim.lr": rates}, "search": search}))
     return file
+
+
+def as_under_slurm() -> dict[str, str]:
+    """How soon Ray gives a silent node up: as set in a cluster of cluster/node.py."""
+    environ = runpy.run_path(str(ROOT / "cluster" / "node.py"))["RAY_ENVIRON"]
+    return {name: value for name, value in environ.items() if name.startswith("RAY_health_check")}
 
 
 @contextlib.contextmanager
@@ -314,7 +321,7 @@ def measure(folder: Path, trials: int, share: float, steps: int, seed: int) -> d
     chosen = random.Random(seed).sample(healthy, max(0, wanted))
     plan = {trial: OUTSIDE[number % len(OUTSIDE)] for number, trial in enumerate(chosen)}
     slots = Slots(folder / "runs" / "faults" / "trials")
-    os.environ |= {MARK: str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    os.environ |= {MARK: str(os.getpid()), "OMP_NUM_THREADS": "1", **as_under_slurm()}
     with ray_nodes() as cluster:
         faults = Faults(plan, cluster, slots)
         log = (folder / "log").open("w")

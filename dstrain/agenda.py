@@ -53,6 +53,11 @@ class Agenda:
         if waits:
             self._waiting[candidate.id] = candidate
 
+    def again(self, candidate: Candidate) -> None:
+        """A trial lost its processes through no fault of its own: it is the next to start."""
+        self._running.discard(candidate.id)
+        (self._new if self._finals is None else self._finals).appendleft(candidate)
+
     def close(self) -> None:
         """Nothing starts any more."""
         self._closed = True

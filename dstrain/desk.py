@@ -132,6 +132,13 @@ class Desk:
         candidate.fault(reason)
         self._board.say(f"{name} starts again from its checkpoint: {reason}")
 
+    def lost(self, name: str) -> bool:
+        """A trial's processes died before it began: whether it is to be started again by the agenda."""
+        if self.agenda is None:
+            return False
+        self.agenda.again(self.candidate(name))
+        return True
+
     def dismissed(self, candidate: Candidate, reason: str) -> None:
         """A trial has waited on a rung in vain."""
         self._finish(candidate, candidate.end("stopped", reason))

@@ -165,6 +165,17 @@ def test_a_closed_agenda_starts_nobody(planned: Any) -> None:
     assert player.agenda.is_over()
 
 
+def test_a_trial_that_lost_its_processes_is_the_next_to_start(planned: Any) -> None:
+    player = Player(planned(4, scheduler={"kind": "none"}), slots=2)
+    player.play(reports=1)
+    lost = player.running.pop()
+    player.agenda.again(lost)
+    assert player.agenda.next() is lost
+    player.running.append(lost)
+    player.play()
+    assert player.agenda.is_over() and player.last_steps() == [STEPS] * 4
+
+
 def test_finalists_run_again_at_full_length_with_every_seed(planned: Any) -> None:
     search = planned(6, scheduler={"kind": "asha", "eta": 2, "rungs": [0.25]}, finalists={"top": 2, "seeds": 3})
     assert search.finalists() == [] and not search.is_over()

@@ -223,6 +223,11 @@ class Events(Unpickled, Callback):
         self._desk.died(name_of(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial died and is not started again."""
+        """A trial died and Tune does not start it again.
+
+        One that has failures to spare we do: it was about to reuse an actor that is gone with its node. Tune may have tried to
+        recover that, but gives up when it hears of the same death a second time, from the task that was to begin the trial.
+        """
         self._dismiss(trial)
-        self._desk.ended(name_of(trial), DIED)
+        if not (trial.should_recover() and self._desk.lost(name_of(trial))):
+            self._desk.ended(name_of(trial), DIED)

@@ -18,6 +18,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from searches import MARK, our_processes, search_file, tune
 
+from dstrain.desk import DIED
 from dstrain.exchange import settings_now
 from dstrain.readings import read_readings
 from dstrain.schema import read_yaml
@@ -204,6 +205,40 @@ def test_trials_that_die_or_hang_go_on_from_their_checkpoints(small_corpus: Path
     for candidate in search.candidates[:2]:
         steps = [reading.step for reading in read_readings(candidate.folder) if reading.split == "train"]
         assert steps == sorted(set(steps)) and steps[-1] == 200
+
+
+ACTOR_LOST_BETWEEN_TRIALS = """
+import sys
+import ray
+from dstrain.tune import driver
+from dstrain.tune.__main__ import main
+
+told, actors = driver.Events.on_trial_complete, []
+
+def lose_the_first(self, iteration, trials, trial, **info):
+    told(self, iteration, trials, trial, **info)
+    actors.append(trial.temporary_state.ray_actor)
+    if len(actors) == 1:
+        ray.kill(actors[0])
+
+driver.Events.on_trial_complete = lose_the_first
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_whose_actor_is_lost_before_it_begins_is_started_again(small_corpus: Path, tmp_path: Path) -> None:
+    file = search_file(small_corpus, tmp_path, {"stages.finetune.optim.lr": [1e-3, 2e-3]})
+    words = [str(file), "search.scheduler.kind=none", "search.max_concurrent=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", ACTOR_LOST_BETWEEN_TRIALS, *words], capture_output=True, text=True, cwd=ROOT, timeout=300,
+        env=os.environ | MARK,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = plan_search(read_document(file)).candidates
+    assert (first.state, first.faults()) == ("finished", [])
+    assert second.state == "finished" and second.faults() in ([], [DIED]), "told of one death at most"
+    assert psutil.wait_procs(our_processes(), timeout=30)[1] == []
 
 
 @pytest.mark.slow
