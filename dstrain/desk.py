@@ -129,6 +129,7 @@ class Desk:
         """A trial's processes died and are started again: the reason is kept."""
         candidate = self.candidate(name)
         reason = self._failure(candidate) or DIED
+        (candidate.folder / "failure.txt").unlink(missing_ok=True)  # the next attempt's failure is its own
         candidate.fault(reason)
         self._board.say(f"{name} starts again from its checkpoint: {reason}")
 
@@ -196,6 +197,7 @@ class Board:
         done = sum(candidate.ended() is not None for candidate in search.candidates)
         self._bar = self._progress.add_task("", total=search.expected, completed=done)
         self._running: dict[str, str] = {}
+        self._headed = False
 
     def start(self) -> None:
         """Shows itself."""
@@ -223,6 +225,9 @@ class Board:
     def ended(self, candidate: Candidate, ended: Ended) -> None:
         """A trial ends: one line that stays."""
         self._running.pop(candidate.id, None)
+        if not self._headed:
+            self.say(f"trial  what it changes  {self._search.settings.metric}  time  tok/s  GB  why it ended")
+            self._headed = True
         self.say(f"{candidate.id}  {candidate.changes}  {'  '.join(self._search.row(candidate).cells())}")
         self._progress.advance(self._bar)
         self._refresh()

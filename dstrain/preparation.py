@@ -13,11 +13,11 @@ from dstrain.search import Search
 from dstrain.settings import RunSettings, plain
 from dstrain.texts import TEXTS_FILE, TextRecord, keep_or_refuse
 
-Texts = dict[str, TextRecord]
+Records = dict[str, TextRecord]
 """Records of the texts of a search, by what makes them what they are."""
 
 
-def prepare(search: Search, ranks: int, gpu: bool, say: Say, accept_changed_data: bool = False) -> Texts:
+def prepare(search: Search, ranks: int, gpu: bool, say: Say, accept_changed_data: bool = False) -> Records:
     """Makes what the trials of a search need, in sight, and returns records of their text, to be kept with `remember`.
 
     `ranks` are the processes of a trial, `gpu` whether they have GPUs. Raises UserError with what is wrong with a trial's
@@ -27,8 +27,8 @@ def prepare(search: Search, ranks: int, gpu: bool, say: Say, accept_changed_data
     import torch
 
     place = Ranks(0, ranks, torch.device("cuda" if gpu else "cpu"), "search")
-    texts, over = _remembered(search), search.is_over()
-    before = dict(texts)
+    records, over = _remembered(search), search.is_over()
+    before = dict(records)
     said: set[str] = set()
     seen: set[str] = set()
 
@@ -49,22 +49,22 @@ def prepare(search: Search, ranks: int, gpu: bool, say: Say, accept_changed_data
         now = {name: TextRecord.of(stage.corpus) for name, stage in ready.items()}
         known, accepted = texts_of(before, settings), now if accept_changed_data else ()
         kept = keep_or_refuse(known, now, () if over else now, accepted, say_once, "give the search another name=...")
-        texts |= {_key(settings, name): kept[name] for name in now}
-    return texts
+        records |= {_key(settings, name): kept[name] for name in now}
+    return records
 
 
-def remember(search: Search, texts: Texts) -> None:
+def remember(search: Search, records: Records) -> None:
     """Keeps the records in the search's folder."""
-    write_whole(search.folder / TEXTS_FILE, json.dumps({key: plain(text) for key, text in texts.items()}, indent=1))
+    write_whole(search.folder / TEXTS_FILE, json.dumps({key: plain(text) for key, text in records.items()}, indent=1))
 
 
-def texts_of(texts: Texts, settings: RunSettings) -> dict[str, TextRecord]:
+def texts_of(records: Records, settings: RunSettings) -> dict[str, TextRecord]:
     """What is recorded of the text of a trial's stages, by their names."""
     keys = {name: _key(settings, name) for name in settings.stages}
-    return {name: texts[key] for name, key in keys.items() if key in texts}
+    return {name: records[key] for name, key in keys.items() if key in records}
 
 
-def _remembered(search: Search) -> Texts:
+def _remembered(search: Search) -> Records:
     file = search.folder / TEXTS_FILE
     found = read_record(file) if file.exists() else {}
     return {key: validate(TextRecord, tree, str(file), f"{key}.") for key, tree in found.items()}

@@ -184,4 +184,15 @@ def test_the_board_prints_a_line_per_ended_trial(desk: Desk, capsys: pytest.Capt
     board.started(first(desk))
     board.reported(first(desk), 0.5, 0.3)
     board.ended(first(desk), first(desk).end("finished", "finished"))
-    assert "lr=0.001" in capsys.readouterr().out
+    board.ended(desk.search.candidates[1], desk.search.candidates[1].end("finished", "finished"))
+    heading, one, _ = capsys.readouterr().out.splitlines()
+    assert heading == f"trial  what it changes  {desk.search.settings.metric}  time  tok/s  GB  why it ended"
+    assert one.startswith(f"{first(desk).id}  lr=0.001  ")
+
+
+def test_a_trial_lost_before_it_began_is_put_back_only_where_the_agenda_rules(desk: Desk) -> None:
+    with desk:
+        name = first(desk).id
+        assert not desk.lost(name)
+        agenda = told_by(desk)
+        assert agenda.next() is first(desk) and desk.lost(name) and agenda.next() is first(desk)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dstrain.preparation import Texts
+    from dstrain.preparation import Records
     from dstrain.search import Search
     from dstrain.tune.resources import Needs, Room
 
@@ -58,25 +59,27 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    given = parser().parse_intermixed_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = parser().parse_intermixed_args(words)
     from dstrain.schema import UserError
     from dstrain.stopping import leave_on_signals
 
     leave_on_signals("asked to stop before any trial started; the same command starts again")
     try:
-        return _search(given)
+        return _search(given, words)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def _search(given: argparse.Namespace) -> int:
+def _search(given: argparse.Namespace, words: Sequence[str]) -> int:
     import torch
 
     from dstrain.preparation import prepare, remember
     from dstrain.search import plan_search
     from dstrain.settings import read_document
     from dstrain.stopping import SAVED_COME_BACK
+    from dstrain.tracking import program_here
     from dstrain.tune.resources import Needs, Room
 
     search = plan_search(read_document(given.file, given.overrides, torch.cuda.is_available(), given.full_size))
@@ -87,22 +90,22 @@ def _search(given: argparse.Namespace) -> int:
         return _dry_run(search, needs, Room.here())
     if "RAY_ADDRESS" not in os.environ:
         Room.here().check(needs, search)
-    texts = prepare(search, needs.ranks, bool(needs.gpus), print, given.accept_changed_data)
+    records = prepare(search, needs.ranks, bool(needs.gpus), print, given.accept_changed_data)
     search.claim()
-    remember(search, texts)
+    remember(search, records)
     over = search.is_over()
     if over:
         print(f"{search.folder}: all {len(search.candidates)} trials have ended")
-    interrupted = not over and _run(search, needs, texts)
+    interrupted = not over and _run(search, needs, records)
     close(search, in_haste=interrupted)
     if interrupted:
-        again = " ".join([str(given.file), *given.overrides])
-        print(f"interrupted, and saved; go on with: python -m dstrain.tune {again}", file=sys.stderr)
+        again = shlex.join([program_here("python"), "-m", "dstrain.tune", *words])
+        print(f"interrupted, and saved; go on with: {again}", file=sys.stderr)
         return SAVED_COME_BACK
     return int(any(candidate.state == "failed" for candidate in search.everyone()))
 
 
-def _run(search: Search, needs: Needs, texts: Texts) -> bool:
+def _run(search: Search, needs: Needs, records: Records) -> bool:
     """Runs what is left on a cluster; True when that was interrupted."""
     from dstrain.stopping import answer_signals, stop_on_signals
     from dstrain.tune.driver import Driver
@@ -117,7 +120,7 @@ def _run(search: Search, needs: Needs, texts: Texts) -> bool:
         concurrent = room.concurrent(needs, search.settings.max_concurrent)
         left = len(search.pending()) + search.expected - len(search.candidates)
         print(f"{left} of {search.expected} trials to run, {concurrent} at a time, {needs.describe()}")
-        return Driver(search, needs, stop, texts).run()
+        return Driver(search, needs, stop, records).run()
 
 
 def _dry_run(search: Search, needs: Needs, room: Room) -> int:
@@ -127,6 +130,8 @@ def _dry_run(search: Search, needs: Needs, room: Room) -> int:
         print(f"{search.expected - len(search.candidates)} more to be proposed by {search.settings.sampler}")
     concurrent = room.concurrent(needs, search.settings.max_concurrent)
     print(f"{search.expected} trials, {concurrent} at a time on {room.describe()}; {needs.describe()}")
+    if not concurrent:
+        print("this machine alone is too small for it: ask for less, or start it where there is more (cluster/README.md)")
     print(f"scheduler: {search.settings.scheduler}")
     if search.settings.finalists:
         print(f"finalists: {search.settings.finalists}")

@@ -18,8 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dstrain.agenda import Agenda
 from dstrain.desk import DIED, Desk
-from dstrain.preparation import Texts, texts_of
-from dstrain.rungs import PbtSettings
+from dstrain.preparation import Records, texts_of
+from dstrain.rungs import HyperbandSettings, PbtSettings
 from dstrain.search import Candidate, Search
 from dstrain.settings import plain
 from dstrain.tune.bell import BELL, Bell
@@ -33,6 +33,8 @@ ROOM_SECONDS = 5.0
 NODE_PATIENCE = 8
 """So many more deaths of a trial's actor than of its own processes: for half a minute after its end Ray takes a node for
 alive, and starts trials there that die at once."""
+CALM_SECONDS, CALM_PAUSE_SECONDS = 10.0, 0.2
+"""When no trial has said anything for so long, Tune's loop turns so much more slowly; it would turn ten times a second."""
 CARRIED = ("DSTRAIN_", "HF_", "NCCL_", "GLOO_", "OMP_", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR")
 """Variables of the driver that every rank gets."""
 
@@ -40,9 +42,9 @@ CARRIED = ("DSTRAIN_", "HF_", "NCCL_", "GLOO_", "OMP_", "XDG_CACHE_HOME", "TORCH
 class Driver:
     """Runs what is left of a search under Tune."""
 
-    def __init__(self, search: Search, needs: Needs, stop: threading.Event, texts: Texts | None = None) -> None:
-        """`stop` is set from outside to have every trial save and the search end; `texts` is what `prepare` returned."""
-        self._search, self._needs, self._stop, self._texts = search, needs, stop, texts or {}
+    def __init__(self, search: Search, needs: Needs, stop: threading.Event, records: Records | None = None) -> None:
+        """`stop` is set from outside to have every trial save and the search end; `records` are what `prepare` returned."""
+        self._search, self._needs, self._stop, self._records = search, needs, stop, records or {}
         self._grace_steps, _ = search.clock()
 
     def run(self) -> bool:
@@ -112,11 +114,12 @@ class Driver:
             "run": dict(plain(candidate.settings)),
             "source": search.document.source,
             "metric": search.settings.metric,
-            "texts": {name: plain(text) for name, text in texts_of(self._texts, candidate.settings).items()},
+            "texts": {name: plain(text) for name, text in texts_of(self._records, candidate.settings).items()},
             "ranks": self._needs.ranks,
             "bundle": self._needs.bundle,
             "grace_steps": self._grace_steps,
             "faults_allowed": own_faults(candidate.folder) + search.settings.max_failures,  # anew with every start
+            "on_same_seats": not isinstance(search.settings.scheduler, (HyperbandSettings, PbtSettings)),
             "silence_seconds": 60 * search.settings.silence_minutes,
             "environ": {name: value for name, value in os.environ.items() if _carried(name)},
         }
@@ -188,6 +191,7 @@ class Events(Unpickled, Callback):
         self._desk, self._bell, self._stop = desk, bell, stop
         self._rung = False
         self._paused: set[str] = set()
+        self._happened = time.monotonic()
 
     def _dismiss(self, trial: Any) -> None:
         """Has a trial that Tune will not ask again give its seats back."""
@@ -208,18 +212,27 @@ class Events(Unpickled, Callback):
         self._paused = set(paused)
         if self._rung:
             self._desk.idle = not any(trial.status == "RUNNING" for trial in trials)
+        elif time.monotonic() - self._happened > CALM_SECONDS:
+            self._stop.wait(CALM_PAUSE_SECONDS)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        """A trial has reported."""
+        self._happened = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's actor lives."""
+        self._happened = time.monotonic()
         self._desk.started(name_of(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has returned, or was stopped."""
+        self._happened = time.monotonic()
         self._dismiss(trial)
         self._desk.ended(name_of(trial), None)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial died and is started again."""
+        self._happened = time.monotonic()
         self._desk.died(name_of(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -228,6 +241,7 @@ class Events(Unpickled, Callback):
         One that has failures to spare we do: it was about to reuse an actor that is gone with its node. Tune may have tried to
         recover that, but gives up when it hears of the same death a second time, from the task that was to begin the trial.
         """
+        self._happened = time.monotonic()
         self._dismiss(trial)
         if not (trial.should_recover() and self._desk.lost(name_of(trial))):
             self._desk.ended(name_of(trial), DIED)

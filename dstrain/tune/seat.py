@@ -88,13 +88,14 @@ class Seat:
         self._send({"do": "stop"})
 
     def end(self, run: str) -> bool:
-        """Kills the process of this run if there is one; whether it is gone."""
+        """Kills the process of this run if there is one; whether the seat can be used again."""
         while not self._empty.wait(0.05) and self._run == run:
             if child := self.child:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
-                return self._empty.wait(END_SECONDS)
-        return True
+                if not self._empty.wait(END_SECONDS):
+                    return False
+        return self._nursery.poll() is None
 
     def close(self) -> None:
         """Ends the nursery, and what is below it."""

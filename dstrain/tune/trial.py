@@ -51,14 +51,23 @@ class Hopeless(Exception):
 def trial(config: dict[str, Any]) -> None:
     """A Tune function trainable: has the ranks trained, reports what they report, ends when they end.
 
-    A mistake of the user's or a diverged loss ends the trial for good. Anything else is written down and raised, and Tune
-    starts the trial again from its checkpoint; after search.max_failures such faults it ends as failed.
+    A mistake of the user's or a diverged loss ends the trial for good. Anything else is a fault after which it goes on from
+    its checkpoint: on the same seats, where an import takes no time; where that has not helped, or a seat is lost, by Tune,
+    on new ones. After search.max_failures faults it ends as failed.
     """
     plan = config["trial"]
+    again = _attempt(plan, retry=False)
+    while again:
+        tune.report({"fault": True})  # the driver reads from the run folder which it was
+        again = _attempt(plan, retry=True)
+
+
+def _attempt(plan: Mapping[str, Any], retry: bool) -> bool:
+    """Has the run trained to its end; True when a fault has ended it and it may go on on the same seats."""
     bell, start = ray.get_actor(BELL), uuid.uuid4().hex
     if not ray.get(bell.begin.remote(plan["id"])):
-        return
-    folder = Path(plan["run"]["output_dir"]) / plan["run"]["name"]
+        return False
+    folder, progressed = Path(plan["run"]["output_dir"]) / plan["run"]["name"], False
     try:
         run = _run_of(plan, folder)
         seats = _take_seats(plan)
@@ -71,13 +80,18 @@ def trial(config: dict[str, Any]) -> None:
             with _exchanged(folder, plan) as checkpoint:
                 tune.report(figures, checkpoint=checkpoint)  # raises SystemExit when Tune is done with this trial
             ray.get(seats[0].go_on.remote())
+            progressed = True
+        return False
     except Hopeless:
-        return
+        return False
     except Exception as error:
         write_failure(folder, error, reason_of(error))  # unless a rank has written its own
-        _give_up_seats(_seats)
+        _free(_seats, start)
         if own_faults(folder) >= plan["faults_allowed"]:
-            return
+            return False
+        if isinstance(error, Fault) and _seats and plan["on_same_seats"] and (progressed or not retry):
+            return True
+        _give_up_seats(_seats)
         raise
     finally:
         _free(_seats, start)
@@ -119,10 +133,10 @@ def _begin(seats: Sequence[Any], start: str, plan: Mapping[str, Any], run: Mappi
 def _free(seats: Sequence[Any], start: str) -> None:
     """Ends what still trains on the seats since this start; where one is beyond our reach all are given up."""
     try:
-        gone = ray.get([seat.end.remote(start) for seat in seats], timeout=30)
+        free = ray.get([seat.end.remote(start) for seat in seats], timeout=30)
     except Exception:
-        gone = [False]
-    if not all(gone):
+        free = [False]
+    if not all(free):
         _give_up_seats(seats)
 
 

@@ -124,7 +124,7 @@ def test_an_interrupted_search_saves_and_ends_bit_for_bit_as_an_undisturbed_one(
         searching.send_signal(word)
     said, _ = searching.communicate(timeout=120)
     assert searching.returncode == 75, said
-    assert "asked to stop: every running trial saves" in said and "go on with: python -m dstrain.tune" in said
+    assert "asked to stop: every running trial saves" in said and f"-m dstrain.tune {file}" in said
     assert "Traceback" not in said
     time.sleep(3)
     assert not our_processes()
@@ -185,7 +185,10 @@ def test_trials_that_die_or_hang_go_on_from_their_checkpoints(small_corpus: Path
         return any((trials / name / "stages/finetune/checkpoints").glob("step-*[0-9]")) and bool(ranks_of(name))
 
     wait_for(lambda: saved(killed), searching)
-    ranks_of(killed)[0].kill()
+    first = ranks_of(killed)[0]
+    nursery = first.ppid()
+    first.kill()
+    wait_for(lambda: {one.ppid() for one in ranks_of(killed) if one != first} == {nursery}, searching, 10)
     wait_for(lambda: saved(silent), searching)
     ranks_of(silent)[0].suspend()
     for _ in range(2):
