@@ -31,8 +31,8 @@ from dstrain.optim import build_optimizer, parameter_groups
 from dstrain.precision import Precision, choose, in_place_of_fp16
 from dstrain.readings import READINGS_FILE, Reading, Report, say_aloud
 from dstrain.regroup import regrouped
-from dstrain.schema import UserError, dump_yaml, validate
-from dstrain.settings import ROOT, RunSettings, plain
+from dstrain.schema import UserError, dump_yaml, read_yaml, validate
+from dstrain.settings import ROOT, RunSettings, differences, plain
 from dstrain.texts import TEXTS_FILE, TextRecord, keep_or_refuse
 from dstrain.vitals import Vitals, with_vitals
 
@@ -88,7 +88,7 @@ def run(
     with ranks.first() as mine:
         if mine:
             write_whole(folder / RANKS_FILE, json.dumps({"ranks": began_with}))
-            texts = texts_of(settings, ready, unfinished, accept_changed_data, agreed or {}, watch.say)
+            texts = settle_texts(settings, ready, unfinished, accept_changed_data, agreed or {}, watch.say)
             leave_evidence(settings, vocabulary, {name: ready[name] for name in unfinished}, texts, ranks)
     outcome, first_step, weights = Outcome(), 0, None
     report = with_vitals(watch.report, Vitals(ranks.device, watch.say), ranks.gather)
@@ -401,24 +401,19 @@ def claim(settings: RunSettings, say: Say, wait_seconds: float = 0.0) -> None:
     """
     hold(settings.folder, wait_seconds)
     file = settings.folder / "settings.yaml"
-    wanted = dump_yaml({"base": plain(settings)})
-    there = file.read_text(encoding="utf-8") if file.exists() else ""
-    if not has_begun(settings.folder):
-        if there not in ("", wanted) and (settings.folder / READINGS_FILE).exists():
-            say(f"{settings.folder}: what a run with other settings left there is now in {set_aside(settings.folder)}")
-            hold(settings.folder)
-        (settings.folder / GAVE_OUT_FILE).unlink(missing_ok=True)
-        write_whole(file, wanted)
+    unlike = differences(read_yaml(file).get("base") if file.exists() else None, settings)
+    if has_begun(settings.folder):
+        if unlike:
+            raise UserError(
+                f"{settings.folder}: holds a run with other settings ({'; '.join(unlike[:6])}); "
+                "give this one another name=..., or start over with --resume never"
+            )
         return
-    if there != wanted:
-        import difflib
-
-        lines = difflib.unified_diff(there.splitlines(), wanted.splitlines(), lineterm="", n=0)
-        changes = [" ".join(line.split()) for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-        raise UserError(
-            f"{settings.folder}: holds a run with other settings ({'; '.join(changes[:6])}); "
-            "give this one another name=..., or start over with --resume never"
-        )
+    if unlike and (settings.folder / READINGS_FILE).exists():
+        say(f"{settings.folder}: what a run with other settings left there is now in {set_aside(settings.folder)}")
+        hold(settings.folder)
+    (settings.folder / GAVE_OUT_FILE).unlink(missing_ok=True)
+    write_whole(file, dump_yaml({"base": plain(settings)}))
 
 
 def set_aside(folder: Path) -> Path:
@@ -435,7 +430,7 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def texts_of(
+def settle_texts(
     settings: RunSettings, ready: dict[str, Ready], unfinished: list[str], accept_changed: bool, agreed: Texts, say: Say
 ) -> dict[str, TextRecord]:
     """A record of every stage's text. Raises UserError when one that is still to be read has changed on the way."""
@@ -559,7 +554,8 @@ class StageForecast:
 def forecast(settings: RunSettings, world: int, device: torch.device, say: Say) -> list[StageForecast]:
     """Every stage's plan, parameters, tokens and steps. Tokenises what is not tokenised yet, trains nothing."""
     ranks = Ranks(0, world, device, "dry run")
-    precision = choose(settings.precision, device)
+    gave_out = (settings.folder / GAVE_OUT_FILE).exists()
+    precision = (in_place_of_fp16(device) if gave_out else None) or choose(settings.precision, device)
     vocabulary = run_vocabulary(settings, say)
     found = []
     for name, ready in make_ready(settings, vocabulary, precision, ranks, say).items():

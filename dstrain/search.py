@@ -17,7 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from dstrain.readings import READINGS_FILE, Reading, amount, duration, read_read
 from dstrain.run import hold, read_record, run_vocabulary, stage_corpus, write_whole
 from dstrain.rungs import History, NoSchedulerSettings, Rungs, early_cut, grace_of, open_rungs
 from dstrain.schema import UserError, dump_yaml, read_yaml, together
-from dstrain.settings import Document, RunSettings, SearchSettings, load_search, plain, run_settings
+from dstrain.settings import Document, RunSettings, SearchSettings, differences, load_search, plain, run_settings
 from dstrain.space import OpenSpace, Trial, apply, read_space, setting_named
 
 State = Literal["finished", "stopped", "failed"]
@@ -185,7 +185,7 @@ class Search:
         if wanted is None or not searched:
             return []
         best: dict[str, Candidate] = {}
-        for row in sorted(self.rows(), key=lambda row: row.state != "finished"):  # stable: best first within each
+        for row in self.rows():
             if row.value is not None and not math.isnan(row.value) and row.state in ("finished", "stopped"):
                 best.setdefault(row.candidate.configuration, row.candidate)
         return [self._with_seeds(candidate, wanted.seeds) for candidate in list(best.values())[: wanted.top]]
@@ -267,9 +267,8 @@ class Search:
         stopped only if none finished."""
         if finals := self.finals():
             return finals[0].candidate
-        rows = [row for row in map(self.row, self.candidates) if row.value is not None and not math.isnan(row.value)]
-        rows = [row for row in rows if row.state == "finished"] or [row for row in rows if row.state == "stopped"]
-        return sorted(rows, key=self._order)[0].candidate if rows else None
+        rows = [row for row in self.rows() if row.value is not None and not math.isnan(row.value)]
+        return next((row.candidate for row in rows if row.state in ("finished", "stopped")), None)
 
     def row(self, candidate: Candidate) -> Row:
         """A trial's line of the table."""
@@ -293,12 +292,13 @@ class Search:
         )
 
     def rows(self) -> list[Row]:
-        """The table, best first; trials that never reported last."""
+        """The table, best first: finished trials, then those on their way, whose best value is of part of a course, then
+        those that never reported."""
         return sorted(map(self.row, self.candidates), key=self._order)
 
-    def _order(self, row: Row) -> tuple[bool, float]:
+    def _order(self, row: Row) -> tuple[bool, bool, float]:
         value = math.nan if row.value is None else row.value
-        return math.isnan(value), -value if self.settings.mode == "max" else value
+        return math.isnan(value), row.state != "finished", -value if self.settings.mode == "max" else value
 
     def write_best(self) -> Path | None:
         """Writes the winner as a run of its own; None when there is none."""
@@ -319,19 +319,13 @@ class Search:
         """Makes the search's folder, or checks that the one there searches around the same base."""
         hold(self.folder)
         file = self.folder / "search.yaml"
-        base = dict(plain(self.base))
-        if file.exists() and (there := read_yaml(file).get("base")) != json.loads(json.dumps(base)):
-            unlike = sorted(
-                key
-                for key in base
-                if not isinstance(there, dict) or there.get(key) != json.loads(json.dumps(base[key]))
-            )
+        if file.exists() and (unlike := differences(read_yaml(file).get("base"), self.base)):
             raise UserError(
-                f"{self.folder}: holds a search around another base ({', '.join(unlike)} differ); "
+                f"{self.folder}: holds a search around another base ({'; '.join(unlike[:6])}); "
                 "give this one another name=..."
             )
         tree = {
-            "base": base,
+            "base": dict(plain(self.base)),
             "space": self.document.space,
             "search": plain(self.settings),
             "precedence": self.document.precedence,
@@ -392,6 +386,7 @@ def table(search: Search) -> Any:
     from rich.table import Table
 
     shown = Table(title=f"{search.base.name}: {len(search.candidates)} trials, best first", title_justify="left")
+    shown.add_column("trial", no_wrap=True)
     for address in dict.fromkeys(address for candidate in search.candidates for address in candidate.trial.overrides):
         shown.add_column(address.rpartition(".")[2], overflow="fold")
     for heading in (search.settings.metric, "time", "tok/s", "GB", "why it ended"):
@@ -399,7 +394,7 @@ def table(search: Search) -> Any:
     addresses = list(dict.fromkeys(address for candidate in search.candidates for address in candidate.trial.overrides))
     for row in search.rows():
         overrides = row.candidate.trial.overrides
-        shown.add_row(*(brief(overrides.get(address, "")) for address in addresses), *row.cells())
+        shown.add_row(row.candidate.id, *(brief(overrides.get(address, "")) for address in addresses), *row.cells())
     return shown
 
 
@@ -430,7 +425,7 @@ def plan_search(document: Document) -> Search:
 
     def named(overrides: Mapping[str, Any], name: str, near: str) -> Any:
         tree = apply(document.base, overrides)
-        return setting_named(run_settings(Document(document.source, tree, {}, None)), name, near)
+        return setting_named(run_settings(replace(document, base=tree)), name, near)
 
     space: OpenSpace | None = None
     trials: list[Trial] = []
@@ -481,7 +476,7 @@ def candidate_of(document: Document, folder: Path, trial: Trial) -> Candidate:
     """A trial with the settings of its run, in the search's folder. Raises UserError when they do not go together."""
     tree = apply(document.base, trial.overrides)
     tree |= {"name": trial.id, "output_dir": str(folder / "trials")}
-    return Candidate(trial, run_settings(Document(document.source, tree, {}, None)))
+    return Candidate(trial, run_settings(replace(document, base=tree)))
 
 
 def _in_trials(sentence: str, trials: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ Precedence, lowest first: defaults < file (`base`) < `when` (what this machine l
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from dstrain.schema import (
     UserError,
     complain,
     did_you_mean,
+    flatten,
     read_yaml,
     set_path,
     setting,
@@ -255,6 +257,8 @@ class Document:
     search: dict[str, Any] | None
     precedence: list[str] = field(default_factory=list)
     """Every change to the file's own words, with the place it came from: printed at the start and kept with the run."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """The same by address: where a mistake in its value is to be looked for."""
 
 
 def read_document(path: Path, overrides: Sequence[str] = (), gpu: bool = False, full_size: bool = False) -> Document:
@@ -288,23 +292,28 @@ def read_document(path: Path, overrides: Sequence[str] = (), gpu: bool = False, 
         raise complain(str(path), problems)
     parts = {key: deepcopy(tree.get(key) or {}) for key in ("base", "space", "search")}
     here = [condition for condition in when if not full_size and _CONDITIONS[condition](gpu)]
+    origins: dict[str, str] = {}
+
+    def change(address: str, value: Any, place: str, origin: str) -> str:
+        _change(parts, address, value, place)
+        address_said = address.removeprefix("base.")
+        origins.pop(address_said, None)
+        origins[address_said] = place  # the last one to speak stands last
+        return f"{address} = {value!r} ({origin})"
+
     said = together(
         *(
-            partial(_change, parts, str(address), value, f"{path}: when.{condition}", f"when.{condition}")
+            partial(change, str(address), value, f"{path}: when.{condition}", f"when.{condition}")
             for condition in here
             for address, value in when[condition].items()
         ),
-        *(partial(_override, parts, text) for text in overrides),
+        *(lambda text=text: change(*split_override(text), "command line", "command line") for text in overrides),
     )
     search = parts["search"] if "search" in tree or parts["search"] else None
-    return Document(str(path), parts["base"], parts["space"], search, said)
+    return Document(str(path), parts["base"], parts["space"], search, said, origins)
 
 
-def _override(parts: dict[str, dict[str, Any]], text: str) -> str:
-    return _change(parts, *split_override(text), "command line", "command line")
-
-
-def _change(parts: dict[str, dict[str, Any]], address: str, value: Any, place: str, origin: str) -> str:
+def _change(parts: dict[str, dict[str, Any]], address: str, value: Any, place: str) -> None:
     first, _, rest = address.partition(".")
     try:
         if first == "space" and rest:
@@ -315,12 +324,11 @@ def _change(parts: dict[str, dict[str, Any]], address: str, value: Any, place: s
             set_path(parts["base"], address, value)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    return f"{address} = {value!r} ({origin})"
 
 
 def run_settings(document: Document) -> RunSettings:
     """The checked settings of the file's run. Raises UserError with every mistake."""
-    return validate(RunSettings, document.base, document.source)
+    return validate(RunSettings, document.base, document.source, origins=document.origins)
 
 
 def load_run(path: Path, overrides: Sequence[str] = (), gpu: bool = False, full_size: bool = False) -> RunSettings:
@@ -335,7 +343,7 @@ def load_search(document: Document) -> SearchSettings:
             f"{document.source}: has no search; add `search: {{metric: finetune/valid/f1_macro}}`, "
             "or train it with train.py"
         )
-    search = validate(SearchSettings, document.search, document.source, prefix="search.")
+    search = validate(SearchSettings, document.search, document.source, "search.", document.origins)
     stage, split, name = search.metric.split("/")
     stages = run_settings(document).stages
     if stage not in stages:
@@ -358,3 +366,25 @@ def shipped(path: Path) -> Path:
 def plain(settings: Settings) -> Mapping[str, Any]:
     """The settings as a tree of plain values, as they are written to settings.yaml."""
     return settings.model_dump(mode="json")
+
+
+def differences(kept: Any, settings: RunSettings) -> list[str]:
+    """How settings differ from the `base` that was kept of a run, as `seed: 1 -> 2`.
+
+    A setting that is younger than what was kept has had its default.
+    """
+    try:
+        before = flatten(plain(validate(RunSettings, kept, "kept")))
+    except UserError:  # of another version, or no settings at all
+        before = flatten(kept) if isinstance(kept, dict) else {}
+    now, nothing = flatten(json.loads(json.dumps(plain(settings)))), object()
+    return [
+        f"{address}: {_brief(before.get(address))} -> {_brief(now.get(address))}"
+        for address in dict.fromkeys((*before, *now))
+        if before.get(address, nothing) != now.get(address, nothing)
+    ]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

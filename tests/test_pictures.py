@@ -106,7 +106,7 @@ def test_a_row_per_trial_with_what_it_changed_and_what_it_came_to(plan: Plan) ->
     assert table.schema.metadata == {b"dstrain.metric": b"finetune/valid/f1_macro", b"dstrain.mode": b"max"}
     assert table.column_names[:3] == ["id", *GRID]
     rows = {row["id"]: row for row in table.to_pylist()}
-    assert list(rows)[:2] == [second.id, first.id] and set(rows) == {c.id for c in search.candidates}
+    assert list(rows)[:2] == [first.id, second.id] and set(rows) == {c.id for c in search.candidates}
     assert rows[first.id] == {
         "id": first.id, "encoder.num_layers": 1, "stages.finetune.objective.pooling": "cls", "state": "finished",
         "reason": "finished because", "value": 0.7, "last_value": 0.4, "step": 8, "total_steps": 8, "seconds": 6.0,

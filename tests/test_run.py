@@ -342,7 +342,7 @@ def test_a_folder_belongs_to_its_settings(small_corpus: Path, tmp_path: Path, ra
         claim(settings_of(small_corpus, tmp_path, seed=7, stages__finetune__optim__lr=0.5), print)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'tiny'}: holds a run with other settings (")
-    assert "- seed: 0; + seed: 7" in message and "+ lr: 0.5" in message and "\n" not in message
+    assert "seed: 0 -> 7" in message and "stages.finetune.optim.lr: " in message and "\n" not in message
     assert message.endswith("give this one another name=..., or start over with --resume never")
     assert (tmp_path / "tiny/settings.yaml").read_text() == own
 

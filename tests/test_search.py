@@ -166,13 +166,13 @@ def test_the_table_is_best_first_and_says_what_each_trial_took(plan: Plan) -> No
     search.candidates[0].end("finished", "reached its end")
     search.candidates[1].end("stopped", "stopped at rung 0.50")
     rows = search.rows()
-    assert [row.candidate for row in rows] == [search.candidates[n] for n in (1, 0, 2, 3)]
-    assert [row.value for row in rows] == [0.9, 0.6, None, None], "the best evaluation counts, as its weights are kept"
-    assert rows[1].seconds == 2.0 + 4.0 and rows[1].tokens_per_second == (3000 + 8000) / 6.0
-    assert rows[1].peak_memory_gb == 0.5
-    assert [row.state for row in rows] == ["stopped", "finished", "unfinished", "unfinished"]
-    assert rows[0].cells() == ["0.9000", "6s", "1.8k", "0.50", "stopped at rung 0.50"]
-    assert rows[1].cells()[-1] == "finished: reached its end"
+    assert [row.candidate for row in rows] == search.candidates
+    assert [row.value for row in rows] == [0.6, 0.9, None, None], "the best evaluation counts, as its weights are kept"
+    assert rows[0].seconds == 2.0 + 4.0 and rows[0].tokens_per_second == (3000 + 8000) / 6.0
+    assert rows[0].peak_memory_gb == 0.5
+    assert [row.state for row in rows] == ["finished", "stopped", "unfinished", "unfinished"]
+    assert rows[1].cells() == ["0.9000", "6s", "1.8k", "0.50", "stopped at rung 0.50"]
+    assert rows[0].cells()[-1] == "finished: reached its end"
     assert rows[3].cells() == ["-", "0s", "-", "-", "unfinished: the same command goes on with it"]
 
 
@@ -230,7 +230,8 @@ def test_a_folder_is_claimed_once_for_one_base(plan: Plan, tmp_path: Path) -> No
     folder = tmp_path / "runs/tiny"
     assert (
         str(error.value)
-        == f"{folder}: holds a search around another base (precision, seed differ); give this one another name=..."
+        == f'{folder}: holds a search around another base (seed: 0 -> 3; precision: "auto" -> "fp32"); '
+        "give this one another name=..."
     )
     assert (folder / "search.yaml").read_bytes() == before
     plan(seed=3, name="other").claim()
@@ -313,6 +314,18 @@ def test_the_table_is_drawn(plan: Plan) -> None:
     assert [word in head for word in ("num_layers", METRIC, "time", "tok/s", "GB", "why it ended")] == [True] * 6
     rows = [line for line in lines if "unfinished" in line or "reached its end" in line]
     assert "lsh num_hashes=2" in rows[0] and "0.7500" in rows[0] and "sdpa" in rows[1]
+    assert all(candidate.id in row for candidate, row in zip(reversed(search.candidates), rows, strict=True))
+
+
+def test_finished_trials_come_first(plan: Plan) -> None:
+    """The best value of one that was stopped is of part of a course; it compares with nothing."""
+    search = plan()
+    stopped, finished, silent, better = search.candidates
+    for candidate, value in ((stopped, 0.9), (finished, 0.5), (better, 0.6)):
+        report(candidate, {8: value})
+        candidate.end("stopped" if candidate is stopped else "finished", "why")
+    assert [row.candidate for row in search.rows()] == [better, finished, stopped, silent]
+    assert search.best() is better
 
 
 def test_brief_values() -> None:

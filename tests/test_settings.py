@@ -17,6 +17,7 @@ from dstrain.settings import (
     ResourceSettings,
     RunSettings,
     SearchSettings,
+    differences,
     load_run,
     load_search,
     plain,
@@ -234,8 +235,10 @@ def test_a_stage_is_left_out_by_null(write: Write) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("nme=x", "nme: no such setting; did you mean name?"),
-        ("stages.finetune.optim.lrr=3", "stages.finetune.optim.lrr: no such setting; did you mean lr?"),
+        ("nme=x", "command line: nme: no such setting; did you mean name?"),
+        ("base.nme=x", "command line: nme: no such setting; did you mean name?"),
+        ("stages.finetune.optim.lrr=3", "command line: stages.finetune.optim.lrr: no such setting; did you mean lr?"),
+        ("encoder.attention={kind: lsh, num_hash: 2}", "command line: encoder.attention.num_hash: no such setting; did you mean num_hashes?"),
         ("stages.finetun.optim.lr=3e-4", "stages: finetun has neither objective nor corpus; did you mean finetune?"),
         ("name.x=1", "command line: name.x: name is 'tiny', which has no settings inside; set name itself, or name another"),
         ("seed=[1", "seed: line 1, column 3 not readable as YAML: expected ',' or ']', but got '<stream end>'"),
@@ -254,7 +257,34 @@ def test_wrong_overrides_of_file_and_command_line_come_together(write: Write) ->
         "'seed': an override is written key=value, such as stages.finetune.optim.lr=3e-4",
     ]
     file = write({"when": {"no_gpu": {"encoder.num_hed": 2}}})
-    assert refused(lambda: load_run(file), file) == ["encoder.num_hed: no such setting; did you mean num_heads?"]
+    said = "encoder.num_hed: no such setting; did you mean num_heads?"
+    assert refused(lambda: load_run(file), file) == [f"when.no_gpu: {said}"]
+    assert refused(lambda: load_run(file, ["encoder.num_hed=3"]), file) == [f"command line: {said}"], "who spoke last"
+
+
+def test_a_wrong_override_of_the_search_is_looked_for_where_it_stands(write: Write) -> None:
+    file = write({"search": {"metric": "finetune/valid/loss", "trials": 0}})
+    assert refused(lambda: load_search(read_document(file, ["search.max_failures=-1"])), file) == [
+        "search.trials: must be greater than or equal to 1, but is 0",
+        "command line: search.max_failures: must be greater than or equal to 0, but is -1",
+    ]
+
+
+# ------------------------------------------------------------------------------------------- kept settings
+
+
+def test_settings_differ_by_address_and_a_younger_one_has_had_its_default(write: Write) -> None:
+    settings = load_run(write())
+    kept = parse_yaml(dump_yaml(plain(settings)), "kept")
+    assert differences(kept, settings) == []
+    del kept["stages"]["finetune"]["healing"], kept["precision"]
+    assert differences(kept, settings) == [], "those are the defaults"
+    other = load_run(write(seed=3), ["stages.finetune.optim.lr=0.5", "precision=bf16"])
+    assert differences(kept, other) == [
+        "seed: 0 -> 3", f"stages.finetune.optim.lr: {kept['stages']['finetune']['optim']['lr']} -> 0.5",
+        'precision: "auto" -> "bf16"',
+    ]  # fmt: skip
+    assert differences({**kept, "removed": 1}, settings) != [] and differences(3, settings) != []
 
 
 # ----------------------------------------------------------------------------------------------- searches
