@@ -1,7 +1,8 @@
-"""How a person, a scheduler or a time limit asks a program to stop: SIGTERM, SIGUSR1 or SIGINT."""
+"""How a person, a scheduler or a time limit asks a program to stop: SIGTERM, SIGUSR1 or SIGINT, or the end of its launcher."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,6 +13,8 @@ SAVED_COME_BACK = 75
 scheduler's script may requeue."""
 ECHO_SECONDS = 2.0
 """Another signal so soon after the first is the same wish: on a Ctrl-C, DeepSpeed's launcher sends SIGTERM after it."""
+LOOK_SECONDS = 1.0
+"""So often a rank looks whether its launcher still belongs to somebody."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -40,6 +43,30 @@ def answer_signals(stop: threading.Event, answer: str) -> None:
 
     for number in SIGNALS:
         signal.signal(number, handle)
+
+
+def follow_launcher(stop: threading.Event, answer: str) -> None:
+    """Sets `stop` when the `deepspeed` command that launched this rank has gone.
+
+    That command passes a Ctrl-C on but dies of a SIGTERM by itself: its ranks would train on without anybody knowing.
+    """
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        launcher = psutil.Process(os.getppid())
+        if "deepspeed.launcher.launch" not in launcher.cmdline():
+            return
+        command = launcher.ppid()
+
+        def watch() -> None:
+            with contextlib.suppress(psutil.Error):  # the launcher itself has gone
+                while launcher.ppid() == command:
+                    time.sleep(LOOK_SECONDS)
+            if not stop.is_set():
+                stop.set()
+                os.write(2, f"the deepspeed command has gone; {answer}\n".encode())
+
+        threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def leave_on_signals(sentence: str) -> None:

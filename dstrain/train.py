@@ -239,6 +239,7 @@ def _tell(rank: int, text: str, status: int) -> int:
 
 def _summary(settings: RunSettings, outcome: Outcome, file: Path) -> str:
     from dstrain.readings import spoken
+    from dstrain.tracking import program_here
 
     lines = []
     for name, why in outcome.stopped.items():
@@ -249,7 +250,7 @@ def _summary(settings: RunSettings, outcome: Outcome, file: Path) -> str:
         lines.append("test: " + "  ".join(spoken(name, value) for name, value in outcome.test.items()))
     lines.append(
         f"run folder: {settings.folder}    "
-        f"same run again: python dstrain/train.py {settings.folder}/settings.yaml name=NEW"
+        f"same run again: {program_here('python')} dstrain/train.py {settings.folder}/settings.yaml name=NEW"
     )
     return "\n".join(lines)
 
@@ -262,9 +263,11 @@ class _watching:
 
     def __enter__(self) -> Watch:
         from dstrain.run import Watch
-        from dstrain.stopping import stop_on_signals
+        from dstrain.stopping import follow_launcher, stop_on_signals
 
-        stop = stop_on_signals("asked to stop: saving at the end of this step")
+        saving = "saving at the end of this step"
+        stop = stop_on_signals(f"asked to stop: {saving}")
+        follow_launcher(stop, saving)
         if not self._speaks:
             return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, stop.is_set)
         from dstrain.evidence import collect

@@ -170,6 +170,19 @@ def test_another_signal_at_the_same_time_is_an_echo_of_the_first() -> None:
     assert done.stderr == "saving (again: at once)\n"
 
 
+def test_a_rank_stops_when_the_deepspeed_command_above_its_launcher_has_gone() -> None:
+    rank = (
+        "import threading; from dstrain import stopping; stopping.LOOK_SECONDS = 0.05; stop = threading.Event()\n"
+        "stopping.follow_launcher(stop, 'saving'); print('begun', flush=True); print(stop.wait(20))"
+    )
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    command = [sys.executable, "-c", start, start, rank, "deepspeed.launcher.launch"]
+    above = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert above.stdout is not None and above.stdout.readline() == "begun\n"
+    above.terminate()
+    assert above.communicate(timeout=30)[0] == "the deepspeed command has gone; saving\nTrue\n"
+
+
 def test_before_training_a_signal_ends_the_program_with_a_sentence() -> None:
     code = (
         "import os, signal; from dstrain.stopping import leave_on_signals; leave_on_signals('nothing begun')\n"
@@ -201,7 +214,8 @@ def test_mistakes_in_the_settings(
     said: str,
 ) -> None:
     file = write(**changes)
-    assert answer(file, *argv) == (2, "", f"{file}: {said}\n")
+    place = "command line" if said.startswith("stages.finetune.optim.lr") else file
+    assert answer(file, *argv) == (2, "", f"{place}: {said}\n")
     assert not (tmp_path / "runs").exists()
 
 
@@ -345,7 +359,7 @@ def test_a_start_claims_the_folder_and_the_same_start_goes_on(write: Write, tmp_
     assert load_run(tmp_path / "runs/tiny/settings.yaml") == settings
     train._claim(settings, ONE, False, said.append)
     (tmp_path / "runs/tiny/stages/finetune/checkpoints/step-00000001").mkdir(parents=True)  # a stage has begun
-    with pytest.raises(UserError, match=r"holds a run with other settings \(-?.*seed.*\); give this one another name"):
+    with pytest.raises(UserError, match=r"holds a run with other settings \(seed: 0 -> 3\); give this one another name"):
         train._claim(load_run(write(seed=3)), ONE, False, said.append)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,23 @@ def command(launcher: str, ranks: int, *words: str) -> list[str]:
 
 def launch(folder: Path, launcher: str, ranks: int, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs the door to its end in a folder of its own; fails when a process of it lives on."""
-    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     mark = f"{folder}-{launcher}-{ranks}-{free_port()}"
-    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DSTRAIN_TEST_MARK": mark}
-    environ["PATH"] = f"{BIN}{os.pathsep}{environ['PATH']}"
     shared = {*SHARED_MEMORY.iterdir()}
     done = subprocess.run(
-        command(launcher, ranks, *words), cwd=folder, env=environ, capture_output=True, text=True, timeout=300
+        command(launcher, ranks, *words), cwd=folder, env=marked(mark), capture_output=True, text=True, timeout=300
     )
     ours = [process for process in psutil.process_iter() if mark in _environ(process).values()]
     _, left = psutil.wait_procs(ours, timeout=10)  # the launcher does not wait for a rank's own last breath
     assert left == [], f"processes are left: {left}"
     assert not {*SHARED_MEMORY.iterdir()} - shared, "memory is left, until the machine is started again"
     return done
+
+
+def marked(mark: str) -> dict[str, str]:
+    """The environment of a launcher whose processes are to be found again."""
+    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DSTRAIN_TEST_MARK": mark}
+    return environ | {"PATH": f"{BIN}{os.pathsep}{environ['PATH']}"}
 
 
 def _environ(process: psutil.Process) -> dict[str, str]:
@@ -163,6 +168,27 @@ def test_two_ranks_stop_on_a_signal_and_go_on(zero: str, small_corpus: Path, tmp
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     kept = [(tmp_path / name / "stages/finetune/best.safetensors").read_bytes() for name in ("cut", "whole")]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.slow
+def test_ranks_save_and_end_when_the_deepspeed_command_is_killed(small_corpus: Path, tmp_path: Path) -> None:
+    """It passes no SIGTERM on, and dies at once of a SIGKILL: its ranks must not train on unseen."""
+    file = write_run(small_corpus, tmp_path, "run", stages__pretrain=None, stages__finetune__steps=4000)
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        running = subprocess.Popen(
+            command("deepspeed", 2, str(file), "--quiet"), cwd=tmp_path, env=marked(str(tmp_path)), stdout=out, stderr=out
+        )
+    while running.poll() is None and not (tmp_path / "run/readings.jsonl").exists():
+        time.sleep(0.1)
+    running.terminate()
+    running.wait()
+    ours = [process for process in psutil.process_iter() if str(tmp_path) in _environ(process).values()]
+    assert ours, log.read_text()
+    assert psutil.wait_procs(ours, timeout=60)[1] == [], log.read_text()
+    said = log.read_text()
+    assert "the deepspeed command has gone; saving" in said and "saved finetune at step" in said
+    assert any((tmp_path / "run/stages/finetune/checkpoints").glob("step-*[0-9]"))
 
 
 @pytest.mark.slow
