@@ -44,6 +44,7 @@ from dstrain.packed import Batch, Sequences
 from dstrain.run import read_record, read_weights, stage_corpus
 from dstrain.schema import Settings, UserError, read_yaml, setting, validate
 from dstrain.texts import TEXTS_FILE, TextRecord
+from dstrain.tracking import program_here
 
 FORMAT = 1
 """Of the files in an export; raised when this module would no longer read the ones written before."""
@@ -370,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser().parse_args(argv)
     try:
         export(given.run, given.target, given.stage, given.weights, given.intervals)
-        print(f"use it: python -m dstrain.predict {given.target} FILE")
+        print(f"use it: {program_here('python')} -m dstrain.predict {given.target} FILE")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -656,7 +656,8 @@ def ui_command(uri: str, port: int = 5000) -> str:
 
 def program_here(name: str) -> str:
     """What to type for a program of this environment, which may not be activated."""
-    return name if shutil.which(name) else str(_from_here(Path(sys.executable).with_name(name)))
+    own = Path(sys.executable).with_name(name)
+    return str(_from_here(own)) if own.exists() and shutil.which(name) != str(own) else name
 
 
 def _from_here(path: Path) -> Path:
