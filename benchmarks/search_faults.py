@@ -157,8 +157,10 @@ class Slots:
         return found
 
     def starts(self) -> dict[str, list[float]]:
-        """Seconds from one trial's end to the next one's process on the same seat, and from there to its first step."""
+        """Seconds from one trial's end to the next one's process on the same seat (or, after a fault, to its own next one),
+        and from there to its first step."""
         handed: list[float] = []
+        resumed: list[float] = []
         begun: list[float] = []
         cold: list[float] = []
         followed: dict[int, Stay] = {}
@@ -166,14 +168,14 @@ class Slots:
             before = followed.get(stay.nursery)
             followed[stay.nursery] = stay
             if before is not None:
-                handed.append(max(0.0, stay.created - before.last_seen))
+                (resumed if before.trial == stay.trial else handed).append(max(0.0, stay.created - before.last_seen))
             file = self.trials / stay.trial / READINGS_FILE
             lines = file.read_text().splitlines() if file.exists() else []
             steps = [line["time"] for line in map(json.loads, lines) if line["split"] == "train"]
             first = next((moment for moment in steps if moment >= stay.created), None)
             if first is not None:
                 (begun if before is not None else cold).append(first - stay.created)
-        return {"handed over": handed, "first step": begun, "first step on a new seat": cold}
+        return {"handed over": handed, "started again": resumed, "first step": begun, "first step on a new seat": cold}
 
 
 def _trains(process: psutil.Process) -> bool:

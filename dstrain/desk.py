@@ -125,13 +125,13 @@ class Desk:
         self._run(self.candidate(name)).tag({f"exchange_at_{self._progress[name]:.2f}": f"from {other}, {said}"})
         self._board.say(f"{name} goes on from {other} with {said}")
 
-    def died(self, name: str) -> None:
-        """A trial's processes died and are started again: the reason is kept."""
+    def died(self, name: str, reason: str = DIED) -> None:
+        """A trial's processes died and are started again: what they said of it, else the reason, is kept."""
         candidate = self.candidate(name)
-        reason = self._failure(candidate) or DIED
+        reason = self._failure(candidate) or reason
         (candidate.folder / "failure.txt").unlink(missing_ok=True)  # the next attempt's failure is its own
         candidate.fault(reason)
-        self._board.say(f"{name} starts again from its checkpoint: {reason}")
+        self._board.say(f"{name} {'is interrupted' if self._closed else 'starts again from its checkpoint'}: {reason}")
 
     def lost(self, name: str) -> bool:
         """A trial's processes died before it began: whether it is to be started again by the agenda."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -401,7 +402,10 @@ def claim(settings: RunSettings, say: Say, wait_seconds: float = 0.0) -> None:
     """
     hold(settings.folder, wait_seconds)
     file = settings.folder / "settings.yaml"
-    unlike = differences(read_yaml(file).get("base") if file.exists() else None, settings)
+    kept = None
+    with contextlib.suppress(UserError):  # there is none, or it is damaged
+        kept = read_yaml(file).get("base")
+    unlike = differences(kept, settings)
     if has_begun(settings.folder):
         if unlike:
             raise UserError(
@@ -409,7 +413,7 @@ def claim(settings: RunSettings, say: Say, wait_seconds: float = 0.0) -> None:
                 "give this one another name=..., or start over with --resume never"
             )
         return
-    if unlike and (settings.folder / READINGS_FILE).exists():
+    if unlike and file.exists() and (settings.folder / READINGS_FILE).exists():
         say(f"{settings.folder}: what a run with other settings left there is now in {set_aside(settings.folder)}")
         hold(settings.folder)
     (settings.folder / GAVE_OUT_FILE).unlink(missing_ok=True)

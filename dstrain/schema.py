@@ -217,22 +217,13 @@ class Problem(NamedTuple):
     sentence: str
 
 
-def complain(source: str, problems: Iterable[Problem], origins: Mapping[str, str] | None = None) -> UserError:
-    """All problems in one error, a line each: `file: address: sentence`.
-
-    `origins` says of addresses that got their value elsewhere where that was, such as the command line.
-    """
+def complain(source: str, problems: Iterable[Problem]) -> UserError:
+    """All problems in one error, a line each: `file: address: sentence`."""
     return UserError(
         "\n".join(
-            ": ".join(filter(None, (_origin(p.address, origins or {}) or source, visible(p.address), p.sentence)))
-            for p in problems
+            f"{source}: {visible(p.address)}: {p.sentence}" if p.address else f"{source}: {p.sentence}" for p in problems
         )
     )
-
-
-def _origin(address: str, origins: Mapping[str, str]) -> str | None:
-    """Where the value at an address, or around it, came from last."""
-    return next((origins[at] for at in reversed([*origins]) if f"{address}.".startswith(f"{at}.")), None)
 
 
 def together(*attempts: Callable[[], Any]) -> list[Any]:
@@ -264,19 +255,19 @@ def _nearest(word: str, names: Iterable[str]) -> str:
 S = typing.TypeVar("S", bound=Settings)
 
 
-def validate(
-    kind: type[S], tree: Mapping[str, Any], source: str, prefix: str = "", origins: Mapping[str, str] | None = None
-) -> S:
-    """The settings object of a tree. Raises UserError that lists every mistake with its address (see `complain`)."""
+def validate(kind: type[S], tree: Mapping[str, Any], source: str, prefix: str = "") -> S:
+    """The settings object of a tree. Raises UserError that lists every mistake with its address."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         found = (_problem(kind, item, prefix) for item in error.errors(include_url=False))
-        raise complain(source, unique(line for problem in found for line in _lines(problem)), origins) from None
+        raise complain(source, unique(line for problem in found for line in _lines(problem))) from None
 
 
 def _lines(problem: Problem) -> list[Problem]:
-    """A validator that sees several mistakes raises them as lines, each with its own address."""
+    """A validator that sees several mistakes raises them as lines, that of a whole class with their addresses."""
+    if problem.address.endswith("."):  # a prefix and nothing else
+        return [Problem("", f"{problem.address}{line}") for line in problem.sentence.splitlines()]
     return [Problem(problem.address, line) for line in problem.sentence.splitlines()]
 
 

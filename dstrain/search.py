@@ -17,7 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -425,18 +425,19 @@ def plan_search(document: Document) -> Search:
 
     def named(overrides: Mapping[str, Any], name: str, near: str) -> Any:
         tree = apply(document.base, overrides)
-        return setting_named(run_settings(replace(document, base=tree)), name, near)
+        return setting_named(run_settings(document.changed(overrides, tree)), name, near)
 
     space: OpenSpace | None = None
     trials: list[Trial] = []
     left_out = 0
-    if settings.sampler == "tpe":
-        space = OpenSpace(document.space, document.source, named, settings.seed, settings.constraints)
-    else:
-        trials, left_out = read_space(
-            document.space, document.source, named, trials=settings.trials, seed=settings.seed, seeds=settings.seeds,
-            constraints=settings.constraints,
-        )  # fmt: skip
+    with document.blame("space.", "search."):
+        if settings.sampler == "tpe":
+            space = OpenSpace(document.space, document.source, named, settings.seed, settings.constraints)
+        else:
+            trials, left_out = read_space(
+                document.space, document.source, named, trials=settings.trials, seed=settings.seed, seeds=settings.seeds,
+                constraints=settings.constraints,
+            )  # fmt: skip
     candidates: list[Candidate] = []
     problems: dict[str, list[str]] = {}
     for trial in trials:
@@ -447,7 +448,8 @@ def plan_search(document: Document) -> Search:
                 problems.setdefault(line, []).append(Candidate(trial, base).changes)
     if problems:
         raise UserError("\n".join(_in_trials(line, trials) for line, trials in problems.items()))
-    _can_pause(document, settings, [candidate.settings for candidate in candidates] or [base])
+    with document.blame():
+        _can_pause(document, settings, [candidate.settings for candidate in candidates] or [base])
     notes = [f"search.constraints leave out {left_out} of {left_out + len(trials)} combinations"] if left_out else []
     search = Search(document, base, settings, candidates, tuple(notes), space)
     for said in search.proposed() if space else ():
@@ -476,7 +478,7 @@ def candidate_of(document: Document, folder: Path, trial: Trial) -> Candidate:
     """A trial with the settings of its run, in the search's folder. Raises UserError when they do not go together."""
     tree = apply(document.base, trial.overrides)
     tree |= {"name": trial.id, "output_dir": str(folder / "trials")}
-    return Candidate(trial, run_settings(replace(document, base=tree)))
+    return Candidate(trial, run_settings(document.changed(trial.overrides, tree)))
 
 
 def _in_trials(sentence: str, trials: Sequence[str]) -> str:

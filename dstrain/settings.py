@@ -5,12 +5,13 @@ Precedence, lowest first: defaults < file (`base`) < `when` (what this machine l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,7 +37,7 @@ from dstrain.schema import (
     together,
     validate,
 )
-from dstrain.tracking import TrackingSettings
+from dstrain.tracking import TrackingSettings, without_password
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: shipped files such as ds_configs/zero1.json are found from any working directory."""
@@ -258,7 +259,34 @@ class Document:
     precedence: list[str] = field(default_factory=list)
     """Every change to the file's own words, with the place it came from: printed at the start and kept with the run."""
     origins: Mapping[str, str] = field(default_factory=dict)
-    """The same by address: where a mistake in its value is to be looked for."""
+    """The same by address, the last change last: where a mistake in its value is to be looked for."""
+
+    def changed(self, overrides: Mapping[str, Any], tree: dict[str, Any]) -> Document:
+        """This document with another base, to which the file's space has set these addresses."""
+        others = {address: origin for address, origin in self.origins.items() if address not in overrides}
+        return replace(self, base=tree, origins=others | dict.fromkeys(overrides, self.source))
+
+    @contextlib.contextmanager
+    def blame(self, *parts: str) -> Iterator[None]:
+        """Errors that name the file name the command line, or `when`, where the wrong value came from there.
+
+        `parts`: only for addresses that begin so.
+        """
+        try:
+            yield
+        except UserError as error:
+            raise UserError("\n".join(self._blamed(line, parts) for line in str(error).split("\n"))) from None
+
+    def _blamed(self, line: str, parts: tuple[str, ...]) -> str:
+        said = line.removeprefix(f"{self.source}: ")
+        address, _, sentence = said.partition(": ")
+        if said == line or not address.startswith(parts or ""):
+            return line
+        for changed in reversed([*self.origins]):
+            below = changed.removeprefix(f"{address}.").partition(".")[0]
+            if f"{address}.".startswith(f"{changed}.") or (below != changed and below in re.findall(r"\w+", sentence)):
+                return f"{self.origins[changed]}: {said}"
+        return line
 
 
 def read_document(path: Path, overrides: Sequence[str] = (), gpu: bool = False, full_size: bool = False) -> Document:
@@ -328,7 +356,8 @@ def _change(parts: dict[str, dict[str, Any]], address: str, value: Any, place: s
 
 def run_settings(document: Document) -> RunSettings:
     """The checked settings of the file's run. Raises UserError with every mistake."""
-    return validate(RunSettings, document.base, document.source, origins=document.origins)
+    with document.blame():
+        return validate(RunSettings, document.base, document.source)
 
 
 def load_run(path: Path, overrides: Sequence[str] = (), gpu: bool = False, full_size: bool = False) -> RunSettings:
@@ -338,12 +367,17 @@ def load_run(path: Path, overrides: Sequence[str] = (), gpu: bool = False, full_
 
 def load_search(document: Document) -> SearchSettings:
     """The checked settings of the file's search; its metric must name a stage and a figure that there will be."""
+    with document.blame():
+        return _load_search(document)
+
+
+def _load_search(document: Document) -> SearchSettings:
     if document.search is None:
         raise UserError(
             f"{document.source}: has no search; add `search: {{metric: finetune/valid/f1_macro}}`, "
             "or train it with train.py"
         )
-    search = validate(SearchSettings, document.search, document.source, "search.", document.origins)
+    search = validate(SearchSettings, document.search, document.source, prefix="search.")
     stage, split, name = search.metric.split("/")
     stages = run_settings(document).stages
     if stage not in stages:
@@ -386,5 +420,5 @@ def differences(kept: Any, settings: RunSettings) -> list[str]:
 
 
 def _brief(value: Any) -> str:
-    text = json.dumps(value)
+    text = without_password(json.dumps(value))
     return text if len(text) <= 60 else text[:57] + "..."

@@ -7,6 +7,10 @@ import os
 import signal
 import threading
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 SAVED_COME_BACK = 75
 """Exit status of what was asked to stop and saved, or has to begin again at its checkpoint: EX_TEMPFAIL, on which a
@@ -15,7 +19,9 @@ ECHO_SECONDS = 2.0
 """Another signal so soon after the first is the same wish: on a Ctrl-C, DeepSpeed's launcher sends SIGTERM after it."""
 LOOK_SECONDS = 1.0
 """So often a rank looks whether its launcher still belongs to somebody."""
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LAUNCHER_GONE = signal.SIGUSR2
+"""What a rank sends itself; it never ends a process that is saving."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, LAUNCHER_GONE)
 
 
 def stop_on_signals(answer: str) -> threading.Event:
@@ -34,7 +40,7 @@ def answer_signals(stop: threading.Event, answer: str) -> None:
     def handle(number: int, frame: object) -> None:
         nonlocal first, asked
         if stop.is_set():
-            if number == first or time.monotonic() - asked > ECHO_SECONDS:
+            if number != LAUNCHER_GONE and (number == first or time.monotonic() - asked > ECHO_SECONDS):
                 os._exit(128 + number)
             return
         first, asked = number, time.monotonic()
@@ -45,8 +51,8 @@ def answer_signals(stop: threading.Event, answer: str) -> None:
         signal.signal(number, handle)
 
 
-def follow_launcher(stop: threading.Event, answer: str) -> None:
-    """Sets `stop` when the `deepspeed` command that launched this rank has gone.
+def follow_launcher() -> None:
+    """Has this rank asked to stop when the `deepspeed` command above its launcher has gone.
 
     That command passes a Ctrl-C on but dies of a SIGTERM by itself: its ranks would train on without anybody knowing.
     """
@@ -54,19 +60,20 @@ def follow_launcher(stop: threading.Event, answer: str) -> None:
 
     with contextlib.suppress(psutil.Error):
         launcher = psutil.Process(os.getppid())
-        if "deepspeed.launcher.launch" not in launcher.cmdline():
-            return
-        command = launcher.ppid()
+        command = launcher.parent()
+        above = {os.path.basename(word) for word in command.cmdline()[:3]} if command else set()
+        if "deepspeed.launcher.launch" in launcher.cmdline() and above & {"deepspeed", "deepspeed.launcher.runner"}:
+            threading.Thread(target=_follow, args=(launcher, launcher.ppid()), name="launcher", daemon=True).start()
 
-        def watch() -> None:
-            with contextlib.suppress(psutil.Error):  # the launcher itself has gone
-                while launcher.ppid() == command:
-                    time.sleep(LOOK_SECONDS)
-            if not stop.is_set():
-                stop.set()
-                os.write(2, f"the deepspeed command has gone; {answer}\n".encode())
 
-        threading.Thread(target=watch, name="launcher", daemon=True).start()
+def _follow(launcher: psutil.Process, command: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):  # the launcher itself has gone
+        while launcher.ppid() == command:
+            time.sleep(LOOK_SECONDS)
+    os.write(2, b"the deepspeed command has gone\n")
+    os.kill(os.getpid(), LAUNCHER_GONE)
 
 
 def leave_on_signals(sentence: str) -> None:

@@ -87,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.explain is None and given.file is None:
         words.error("give a FILE.yaml, or --explain")
     from dstrain.schema import UserError
-    from dstrain.stopping import leave_on_signals
+    from dstrain.stopping import follow_launcher, leave_on_signals
 
     leave_on_signals("asked to stop before training began; the same command starts again")
+    follow_launcher()
     try:
         return _explain(given.explain) if given.explain is not None else _train(given)
     except UserError as error:
@@ -263,11 +264,9 @@ class _watching:
 
     def __enter__(self) -> Watch:
         from dstrain.run import Watch
-        from dstrain.stopping import follow_launcher, stop_on_signals
+        from dstrain.stopping import stop_on_signals
 
-        saving = "saving at the end of this step"
-        stop = stop_on_signals(f"asked to stop: {saving}")
-        follow_launcher(stop, saving)
+        stop = stop_on_signals("asked to stop: saving at the end of this step")
         if not self._speaks:
             return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, stop.is_set)
         from dstrain.evidence import collect

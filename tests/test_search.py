@@ -317,6 +317,16 @@ def test_the_table_is_drawn(plan: Plan) -> None:
     assert all(candidate.id in row for candidate, row in zip(reversed(search.candidates), rows, strict=True))
 
 
+def test_a_mistake_in_the_space_is_the_files_whatever_the_command_line_has_said_there(plan: Plan, tmp_path: Path) -> None:
+    plan(space={"stages.finetune.optim.lr": [1e-3, -1.0]})
+    file = tmp_path / "f.yaml"
+    said = "stages.finetune.optim.lr: must be greater than 0, but is -1.0 (trial lr=-1.0)"
+    for words in ((), ("stages.finetune.optim.lr=0.5",), ("encoder.num_layers=1",)):
+        assert refused(lambda words=words: plan_search(read_document(file, words)), file) == [said]
+    (wrong,) = refused(lambda: plan_search(read_document(file, ["space.stages.finetune.optim.lr=[]"])), file)
+    assert wrong.startswith("command line: space.stages.finetune.optim.lr: ")
+
+
 def test_finished_trials_come_first(plan: Plan) -> None:
     """The best value of one that was stopped is of part of a course; it compares with nothing."""
     search = plan()

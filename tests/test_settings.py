@@ -239,7 +239,8 @@ def test_a_stage_is_left_out_by_null(write: Write) -> None:
         ("base.nme=x", "command line: nme: no such setting; did you mean name?"),
         ("stages.finetune.optim.lrr=3", "command line: stages.finetune.optim.lrr: no such setting; did you mean lr?"),
         ("encoder.attention={kind: lsh, num_hash: 2}", "command line: encoder.attention.num_hash: no such setting; did you mean num_hashes?"),
-        ("stages.finetun.optim.lr=3e-4", "stages: finetun has neither objective nor corpus; did you mean finetune?"),
+        ("stages.finetune.num_frozen_layers=9", "command line: stages.finetune.num_frozen_layers: is 9, but the encoder has 2 layers; freeze fewer, or raise encoder.num_layers"),
+        ("stages.finetun.optim.lr=3e-4", "command line: stages: finetun has neither objective nor corpus; did you mean finetune?"),
         ("name.x=1", "command line: name.x: name is 'tiny', which has no settings inside; set name itself, or name another"),
         ("seed=[1", "seed: line 1, column 3 not readable as YAML: expected ',' or ']', but got '<stream end>'"),
         ("seed", "'seed': an override is written key=value, such as stages.finetune.optim.lr=3e-4"),
@@ -267,6 +268,14 @@ def test_a_wrong_override_of_the_search_is_looked_for_where_it_stands(write: Wri
     assert refused(lambda: load_search(read_document(file, ["search.max_failures=-1"])), file) == [
         "search.trials: must be greater than or equal to 1, but is 0",
         "command line: search.max_failures: must be greater than or equal to 0, but is -1",
+    ]
+    metric = ["search.trials=3", "search.metric=finetun/valid/loss"]
+    assert refused(lambda: load_search(read_document(file, metric)), file) == [
+        "command line: search.metric: there is no stage 'finetun'; did you mean finetune?"
+    ]
+    tpe = ["search.sampler=tpe", "search.trials=null"]
+    assert refused(lambda: load_search(read_document(file, tpe)), file) == [
+        "command line: search.sampler: tpe draws samples; say how many with trials"
     ]
 
 

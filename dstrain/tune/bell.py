@@ -25,7 +25,8 @@ class Bell:
         await self._rung.wait()
 
     async def begin(self, trial: str) -> bool:
-        """A trial starts listening; whether it may start at all."""
+        """A trial starts listening; whether it may start at all. What still listens for an earlier start has its answer."""
+        self._dismissed[trial].set()
         self._dismissed[trial] = asyncio.Event()
         return not self._rung.is_set()
 

@@ -191,6 +191,7 @@ class Events(Unpickled, Callback):
         self._desk, self._bell, self._stop = desk, bell, stop
         self._rung = False
         self._paused: set[str] = set()
+        self._failed: set[str] = set()
         self._happened = time.monotonic()
 
     def _dismiss(self, trial: Any) -> None:
@@ -206,6 +207,9 @@ class Events(Unpickled, Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """After every turn of Tune's loop."""
+        for one in trials:
+            if one.status == "ERROR" and one.trial_id not in self._failed:  # Tune does not tell of all that it fails
+                self.on_trial_error(iteration, trials, one)
         paused = {one.trial_id: one for one in trials if one.status == "PAUSED"}
         for trial_id in paused.keys() - self._paused:
             self._dismiss(paused[trial_id])
@@ -242,6 +246,7 @@ class Events(Unpickled, Callback):
         recover that, but gives up when it hears of the same death a second time, from the task that was to begin the trial.
         """
         self._happened = time.monotonic()
+        self._failed.add(trial.trial_id)
         self._dismiss(trial)
         if not (trial.should_recover() and self._desk.lost(name_of(trial))):
             self._desk.ended(name_of(trial), DIED)

@@ -42,7 +42,7 @@ class RungScheduler(Unpickled, FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Tune's question after every report."""
         if "fault" in result:
-            self._desk.died(name_of(trial))
+            self._desk.died(name_of(trial), result["fault"])
             return str(TrialScheduler.CONTINUE)
         keep = self._desk.reported(name_of(trial), result["progress"], result["value"])
         return str(TrialScheduler.CONTINUE if keep else TrialScheduler.STOP)

@@ -52,21 +52,21 @@ def trial(config: dict[str, Any]) -> None:
     """A Tune function trainable: has the ranks trained, reports what they report, ends when they end.
 
     A mistake of the user's or a diverged loss ends the trial for good. Anything else is a fault after which it goes on from
-    its checkpoint: on the same seats, where an import takes no time; where that has not helped, or a seat is lost, by Tune,
-    on new ones. After search.max_failures faults it ends as failed.
+    its checkpoint: on the same seats, which have imported everything; where that has not helped, or a seat is lost, and under
+    Ray's own schedulers, by Tune, on new ones. After search.max_failures faults it ends as failed.
     """
     plan = config["trial"]
-    again = _attempt(plan, retry=False)
-    while again:
-        tune.report({"fault": True})  # the driver reads from the run folder which it was
-        again = _attempt(plan, retry=True)
+    fault = _attempt(plan, retry=False)
+    while fault:
+        tune.report({"fault": fault})
+        fault = _attempt(plan, retry=True)
 
 
-def _attempt(plan: Mapping[str, Any], retry: bool) -> bool:
-    """Has the run trained to its end; True when a fault has ended it and it may go on on the same seats."""
+def _attempt(plan: Mapping[str, Any], retry: bool) -> str:
+    """Has the run trained to its end; returns the fault that ended it if it is to go on on the same seats, else nothing."""
     bell, start = ray.get_actor(BELL), uuid.uuid4().hex
     if not ray.get(bell.begin.remote(plan["id"])):
-        return False
+        return ""
     folder, progressed = Path(plan["run"]["output_dir"]) / plan["run"]["name"], False
     try:
         run = _run_of(plan, folder)
@@ -81,16 +81,16 @@ def _attempt(plan: Mapping[str, Any], retry: bool) -> bool:
                 tune.report(figures, checkpoint=checkpoint)  # raises SystemExit when Tune is done with this trial
             ray.get(seats[0].go_on.remote())
             progressed = True
-        return False
+        return ""
     except Hopeless:
-        return False
+        return ""
     except Exception as error:
         write_failure(folder, error, reason_of(error))  # unless a rank has written its own
         _free(_seats, start)
         if own_faults(folder) >= plan["faults_allowed"]:
-            return False
+            return ""
         if isinstance(error, Fault) and _seats and plan["on_same_seats"] and (progressed or not retry):
-            return True
+            return str(error)
         _give_up_seats(_seats)
         raise
     finally:

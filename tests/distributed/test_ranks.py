@@ -187,7 +187,7 @@ def test_ranks_save_and_end_when_the_deepspeed_command_is_killed(small_corpus: P
     assert ours, log.read_text()
     assert psutil.wait_procs(ours, timeout=60)[1] == [], log.read_text()
     said = log.read_text()
-    assert "the deepspeed command has gone; saving" in said and "saved finetune at step" in said
+    assert "the deepspeed command has gone" in said and "saved finetune at step" in said
     assert any((tmp_path / "run/stages/finetune/checkpoints").glob("step-*[0-9]"))
 
 
