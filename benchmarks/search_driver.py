@@ -3,8 +3,9 @@
     python -m benchmarks.search_driver [--trials 1000] [--slots 8] [--reports 10] [--json FILE]
 
 A simulated trial writes the readings a real one would and reports them to Tune, as fast as it is let. For each tenth of the
-trials: the driver process's CPU seconds per trial and its resident memory. Then the same process beside trials that say
-nothing, for what it costs by itself. From both: the share of one core that the driver takes when the trials last minutes.
+trials: the driver process's CPU seconds per trial and its resident memory. Then the same search beside trials that say
+nothing, for what it costs by itself once it knows so many. From both: the share of one core that the driver takes when the
+trials last minutes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,27 +31,35 @@ MINUTES = (1, 10, 60)
 """Lengths of a trial for which the share of a core is told."""
 
 
-def simulated(config: dict[str, Any]) -> None:
-    """A trial that leaves and reports what a real one does, and computes nothing."""
-    from ray import tune
+def simulated(quiet_from: float) -> Callable[[dict[str, Any]], None]:
+    """A trial that leaves and reports what a real one does, and computes nothing. From a learning rate on, one that is in
+    the middle of a long epoch first."""
 
-    from dstrain.readings import JsonLines, Reading
+    def trial(config: dict[str, Any]) -> None:
+        from ray import tune
 
-    plan = config["trial"]
-    run = plan["run"]
-    folder, reports = Path(run["output_dir"]) / run["name"], run["stages"]["finetune"]["steps"]
-    folder.mkdir(parents=True, exist_ok=True)
-    readings = JsonLines(folder)
-    training = {
-        "loss": 1.0, "perplexity": 2.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1e4, "useful_share": 1.0,
-        "peak_memory_gb": 0.5,
-    }  # fmt: skip
-    for step in range(1, reports + 1):
-        value = 1 - 1 / (step + 1) + run["stages"]["finetune"]["optim"]["lr"]
-        readings(Reading("finetune", "train", step, reports, 1000 * step, float(step), training))
-        readings(Reading("finetune", "valid", step, reports, 1000 * step, float(step), {"loss": 1.0, "f1_macro": value}))
-        tune.report({"progress": step / reports, "steps": step, "value": value, "credit": step})
-    (folder / "outcome.json").write_text("{}")
+        from dstrain.readings import JsonLines, Reading
+
+        run = config["trial"]["run"]
+        lr, reports = run["stages"]["finetune"]["optim"]["lr"], run["stages"]["finetune"]["steps"]
+        if lr >= quiet_from:
+            time.sleep(QUIET_SECONDS)
+        folder = Path(run["output_dir"]) / run["name"]
+        folder.mkdir(parents=True, exist_ok=True)
+        readings = JsonLines(folder)
+        training = {
+            "loss": 1.0, "perplexity": 2.0, "lr": lr, "grad_norm": 1.0, "tokens_per_second": 1e4, "useful_share": 1.0,
+            "peak_memory_gb": 0.5,
+        }  # fmt: skip
+        for step in range(1, reports + 1):
+            value = 1 - 1 / (step + 1) + lr
+            readings(Reading("finetune", "train", step, reports, 1000 * step, float(step), training))
+            figures = {"loss": 1.0, "f1_macro": value}
+            readings(Reading("finetune", "valid", step, reports, 1000 * step, float(step), figures))
+            tune.report({"progress": step / reports, "steps": step, "value": value, "credit": step})
+        (folder / "outcome.json").write_text("{}")
+
+    return trial
 
 
 def search_file(folder: Path, trials: int, reports: int) -> Path:
@@ -72,94 +82,63 @@ def search_file(folder: Path, trials: int, reports: int) -> Path:
 
 
 class Meter(threading.Thread):
-    """Notes this process's CPU seconds and memory whenever another tenth of the trials has ended."""
+    """Notes this process's CPU seconds and memory whenever another tenth of the trials has ended, and at last how much it
+    takes by itself, beside trials that say nothing."""
 
     def __init__(self, trials: Path, total: int) -> None:
         super().__init__(daemon=True)
-        self._trials, self._step = trials, max(1, total // 10)
+        self._trials, self._total, self._step = trials, total, max(1, total // 10)
         self.rows: list[dict[str, float]] = []
+        self.idle_core_share = math.nan
         self._process = psutil.Process()
-        self._due = 0
-        self._over = threading.Event()
 
     def run(self) -> None:
         """Looks once a second: a look at a thousand names costs a millisecond."""
-        while not self._over.wait(1.0):
+        due, ended = 0, 0
+        while ended < self._total:
+            time.sleep(1.0)
             ended = sum(1 for _ in self._trials.glob("*/ended.json"))
-            if ended >= self._due:
-                self.note(ended)
-                self._due = ended + self._step
+            if ended >= min(due, self._total):
+                self.rows.append({"ended": ended, "cpu_seconds": self._used(), "resident_mb": self._resident()})
+                due = ended + self._step
+        time.sleep(QUIET_SECONDS / 2)  # the last readings are on their way to MLflow
+        before, window = self._used(), QUIET_SECONDS / 4
+        time.sleep(window)
+        self.idle_core_share = (self._used() - before) / window
 
-    def note(self, ended: int) -> None:
-        """One row."""
-        used = self._process.cpu_times()
-        memory = self._process.memory_info().rss / 1e6
-        self.rows.append({"ended": ended, "cpu_seconds": used.user + used.system, "resident_mb": memory})
+    def _used(self) -> float:
+        times = self._process.cpu_times()
+        return times.user + times.system
 
-    def stop(self, ended: int) -> None:
-        """The last row."""
-        self._over.set()
-        self.join()
-        self.note(ended)
+    def _resident(self) -> float:
+        return self._process.memory_info().rss / 1e6
 
 
 def measure(trials: int, slots: int, reports: int) -> dict[str, Any]:
-    """Runs a search of simulated trials in this process."""
+    """Runs a search of simulated trials in this process; the last ones, one a slot, are those that say nothing."""
     from dstrain.preparation import prepare
     from dstrain.search import plan_search
     from dstrain.settings import read_document
     from dstrain.tune import driver
     from dstrain.tune.resources import Needs, Room, ray_cluster
 
-    driver.trial = simulated
     with tempfile.TemporaryDirectory(prefix="dstrain-driver-") as name:
-        search = plan_search(read_document(search_file(Path(name), trials, reports)))
-        needs = Needs(1, 1.0, 0.0, False)
+        search = plan_search(read_document(search_file(Path(name), trials + slots, reports)))
+        quiet_from = search.candidates[trials].settings.stages["finetune"].optim.lr
+        driver.trial = simulated(quiet_from)  # type: ignore[assignment]
         prepare(search, 1, False, lambda sentence: None)
         search.claim()
         with ray_cluster(Room(((float(slots), 0.0),))):
             meter = Meter(search.folder / "trials", trials)
             meter.start()
             with contextlib.redirect_stdout(io.StringIO()):
-                interrupted = driver.Driver(search, needs, threading.Event()).run()
-            meter.stop(trials)
-            unended = sum(candidate.ended() is None for candidate in search.candidates)
-        idle = idle_share(driver, slots)
-    assert not interrupted and not unended
-    return {"trials": trials, "slots": slots, "reports": reports, "rows": meter.rows, "idle_core_share": idle}
-
-
-def idle_share(driver: Any, slots: int) -> float:
-    """The share of a core that the driver takes beside trials that say nothing."""
-    from dstrain.search import plan_search
-    from dstrain.settings import read_document
-    from dstrain.tune.resources import Needs, Room, ray_cluster
-
-    with tempfile.TemporaryDirectory(prefix="dstrain-driver-") as name:
-        search = plan_search(read_document(search_file(Path(name), slots, 1)))
-        search.claim()
-        process, found = psutil.Process(), []
-
-        def look() -> None:
-            time.sleep(QUIET_SECONDS / 2)
-            before = process.cpu_times()
-            time.sleep(QUIET_SECONDS / 4)
-            after = process.cpu_times()
-            found.append((after.user + after.system - before.user - before.system) / (QUIET_SECONDS / 4))
-
-        watching = threading.Thread(target=look)
-        driver.trial = quiet
-        watching.start()
-        with ray_cluster(Room(((float(slots), 0.0),))), contextlib.redirect_stdout(io.StringIO()):
-            driver.Driver(search, Needs(1, 1.0, 0.0, False), threading.Event()).run()
-        watching.join()
-    return float(found[0])
-
-
-def quiet(config: dict[str, Any]) -> None:
-    """A trial in the middle of a long epoch."""
-    time.sleep(QUIET_SECONDS)
-    simulated(config)
+                interrupted = driver.Driver(search, Needs(1, 1.0, 0.0, False), threading.Event()).run()
+            meter.join()
+    assert not interrupted
+    return {
+        "trials": trials, "slots": slots, "reports": reports, "rows": meter.rows,
+        "idle_core_share": meter.idle_core_share,
+    }  # fmt: skip
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -33,8 +33,9 @@ ROOM_SECONDS = 5.0
 NODE_PATIENCE = 8
 """So many more deaths of a trial's actor than of its own processes: for half a minute after its end Ray takes a node for
 alive, and starts trials there that die at once."""
-CALM_SECONDS, CALM_PAUSE_SECONDS = 10.0, 0.2
-"""When no trial has said anything for so long, Tune's loop turns so much more slowly; it would turn ten times a second."""
+CALM_SHARE, LONGEST_CALM_SECONDS = 0.02, 1.0
+"""Tune's loop would turn ten times a second for days. It waits for this share of the time in which no trial has said anything,
+which so comes to an end at most so much later."""
 CARRIED = ("DSTRAIN_", "HF_", "NCCL_", "GLOO_", "OMP_", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR")
 """Variables of the driver that every rank gets."""
 
@@ -216,8 +217,9 @@ class Events(Unpickled, Callback):
         self._paused = set(paused)
         if self._rung:
             self._desk.idle = not any(trial.status == "RUNNING" for trial in trials)
-        elif time.monotonic() - self._happened > CALM_SECONDS:
-            self._stop.wait(CALM_PAUSE_SECONDS)
+        else:
+            calm = CALM_SHARE * (time.monotonic() - self._happened)
+            self._stop.wait(min(calm, LONGEST_CALM_SECONDS))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         """A trial has reported."""
