@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-QUIET_SECONDS = 80.0
+QUIET_SECONDS = 120.0
 MINUTES = (1, 10, 60)
 """Lengths of a trial for which the share of a core is told."""
 

@@ -19,6 +19,8 @@ ECHO_SECONDS = 2.0
 """Another signal so soon after the first is the same wish: on a Ctrl-C, DeepSpeed's launcher sends SIGTERM after it."""
 LOOK_SECONDS = 1.0
 """So often a rank looks whether its launcher still belongs to somebody."""
+PATIENCE_SECONDS = 10.0
+"""So long a rank with nothing to add waits for the first to speak."""
 LAUNCHER_GONE = signal.SIGUSR2
 """What a rank sends itself; it never ends a process that is saving."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, LAUNCHER_GONE)
@@ -74,6 +76,16 @@ def _follow(launcher: psutil.Process, command: int) -> None:
             time.sleep(LOOK_SECONDS)
     os.write(2, b"the deepspeed command has gone\n")
     os.kill(os.getpid(), LAUNCHER_GONE)
+
+
+def wait_to_be_ended(status: int) -> None:
+    """Waits some seconds for the launcher to end this rank, and keeps quiet about it.
+
+    A launcher ends all ranks as soon as one has ended, and the first rank might not have spoken yet.
+    """
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: os._exit(status))
+    time.sleep(PATIENCE_SECONDS)
 
 
 def leave_on_signals(sentence: str) -> None:

@@ -285,7 +285,7 @@ class Tracker:
         unsent = self._unsent()
         if unsent:
             waiting = sum(size_of(run.folder / READINGS_FILE) - run.sent.offset for run in unsent)
-            command = shlex.join([Path(sys.executable).name, "-m", "dstrain.tracking", str(_common_folder(unsent))])
+            command = shlex.join([program_here("python"), "-m", "dstrain.tracking", str(_common_folder(unsent))])
             self._say(
                 f"{len(unsent)} run(s) are not wholly in MLflow at {without_password(self.uri)} "
                 f"({waiting} bytes of readings wait in their folders); send them later with: {command}"

@@ -87,15 +87,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.explain is None and given.file is None:
         words.error("give a FILE.yaml, or --explain")
     from dstrain.schema import UserError
-    from dstrain.stopping import follow_launcher, leave_on_signals
+    from dstrain.stopping import follow_launcher, leave_on_signals, wait_to_be_ended
 
     leave_on_signals("asked to stop before training began; the same command starts again")
     follow_launcher()
     try:
         return _explain(given.explain) if given.explain is not None else _train(given)
     except UserError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # the other ranks have the same to say
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(error, file=sys.stderr)
+        else:  # the first has the same to say
+            wait_to_be_ended(2)
         return 2
 
 

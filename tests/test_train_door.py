@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import tiny_run
 
-from dstrain import train
+from dstrain import stopping, train
 from dstrain.engine import Diverged, Ranks
 from dstrain.loop import Interrupted
 from dstrain.readings import Reading, read_readings
@@ -68,7 +68,7 @@ def answer(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
 
 @pytest.fixture(autouse=True)
 def _signals_as_they_were() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = stopping.SIGNALS
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -274,11 +274,21 @@ def test_mistakes_on_the_command_line(write: Write, answer: Callable[..., Answer
     )
 
 
+def test_a_rank_with_nothing_to_add_waits_for_its_launcher_and_ends_quietly() -> None:
+    code = "from dstrain.stopping import wait_to_be_ended; print('waits', flush=True); wait_to_be_ended(2); print('too late')"
+    rank = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert rank.stdout is not None and rank.stdout.readline() == "waits\n"
+    time.sleep(0.2)
+    rank.terminate()
+    assert rank.communicate(timeout=30) == ("", None) and rank.returncode == 2
+
+
 @pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
 def test_only_the_first_rank_speaks(
     write: Write, answer: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(stopping, "PATIENCE_SECONDS", 0.0)
     assert answer(write(), "seed=-1") == (2, "", "")
 
 
