@@ -318,8 +318,8 @@ def test_the_table_is_drawn(plan: Plan) -> None:
 
 
 def test_a_mistake_in_the_space_is_the_files_whatever_the_command_line_has_said_there(plan: Plan, tmp_path: Path) -> None:
-    plan(space={"stages.finetune.optim.lr": [1e-3, -1.0]})
     file = tmp_path / "f.yaml"
+    refused(lambda: plan(space={"stages.finetune.optim.lr": [1e-3, -1.0]}), file)
     said = "stages.finetune.optim.lr: must be greater than 0, but is -1.0 (trial lr=-1.0)"
     for words in ((), ("stages.finetune.optim.lr=0.5",), ("encoder.num_layers=1",)):
         assert refused(lambda words=words: plan_search(read_document(file, words)), file) == [said]

@@ -133,7 +133,7 @@ def test_whoever_dies_takes_along_what_is_below(small_corpus: Path, tmp_path: Pa
     assert gone(child)
     seat.begin("after", order(tree(small_corpus, tmp_path)))
     assert next_of(seat, "ended") == -signal.SIGKILL, "nobody waits for a nursery that died while it had nothing to do"
-    assert seat.end("after")
+    assert not seat.end("after"), "a seat without a nursery is of no use to anybody"
     seat.close()
 
     program = f"""
