@@ -11,8 +11,10 @@ each. Until all ranks have written and fsynced their files it is called step-000
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -28,10 +30,13 @@ from typing import Any, NamedTuple
 import torch
 
 from dstrain.engine import Engine, Ranks
+from dstrain.readings import READINGS_FILE
 from dstrain.schema import UserError
 
 FOLDER = "checkpoints"
 """Their place in a stage's folder."""
+BEST_BYTES = 4
+"""Of a parameter in best.safetensors: fp32, whatever the run computes in."""
 _MANIFEST = "manifest.json"
 _DRAFT = ".draft"
 _ROOM = 1.5
@@ -49,8 +54,19 @@ class Unsaved(Exception):
 
 
 def standing(folder: Path) -> list[Path]:
-    """The checkpoints in a stage's `checkpoints` folder, the newest first; none of them is looked into."""
-    return sorted((place for place in folder.glob("step-*") if place.suffix != _DRAFT), reverse=True)
+    """The checkpoints in a stage's `checkpoints` folder, the newest first; none of them is looked into.
+
+    What has any other name, such as a copy of one, is somebody else's.
+    """
+    return sorted(_named(folder, r"step-[0-9]+"), key=_step_of, reverse=True)
+
+
+def _named(folder: Path, pattern: str) -> list[Path]:
+    return [place for place in folder.glob("step-*") if re.fullmatch(pattern, place.name)]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
 
 
 def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -173,6 +189,14 @@ def _sync(folder: Path) -> None:
         os.close(number)
 
 
+def _sync_readings(folder: Path) -> None:
+    """Has what was reported so far on disk: RUN/readings.jsonl, where the checkpoints are in RUN/stages/STAGE/checkpoints."""
+    readings = folder.parent.parent.parent / READINGS_FILE
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # nothing is written, or by somebody else
+        _sync(readings)
+        _sync(readings.parent)
+
+
 # ------------------------------------------------------------------------------------------------- what is kept
 
 
@@ -186,18 +210,19 @@ class Keep:
     minutes: float | None = None
 
     def on_disk(self, parameters: int, zero_stage: int, sixteen_bit: bool, steps: int) -> str:
-        """What a stage's checkpoints take at most, in words."""
-        each = parameters * bytes_per_parameter(zero_stage, sixteen_bit)
+        """What a stage's checkpoints and best weights take at most, in words."""
+        each, weights = parameters * bytes_per_parameter(zero_stage, sixteen_bit), parameters * BEST_BYTES
         milestones = steps // self.milestone_every if self.milestone_every else 0
         number = self.last + milestones + 2
         return (
             f"checkpoints of {size(each)} each, at most {number} at a time ({self.last} last, the best, one being written"
-            f"{f', {milestones} milestones' if milestones else ''}): {size(each * number)}"
+            f"{f', {milestones} milestones' if milestones else ''}), and twice {size(weights)} for the best weights (kept, "
+            f"and being written): {size(each * number + 2 * weights)}"
         )
 
     def surplus(self, places: list[Path], best_step: int) -> list[Path]:
         """Of whole checkpoints, the newest first, those that are neither among the last nor the best nor a milestone."""
-        steps = {place: int(place.name.partition("-")[2]) for place in places[self.last :]}
+        steps = {place: _step_of(place) for place in places[self.last :]}
         return [
             place
             for place, step in steps.items()
@@ -296,6 +321,9 @@ class Checkpoints:
         """Leaves nothing half done: a run that ends well settles, one that fails lets the last one become whole."""
         if error is None:
             self.settle()
+            if not self._ranks.rank:  # the word that the stage is done comes after its readings
+                with contextlib.suppress(OSError):  # whoever writes them tells
+                    _sync_readings(self._folder)
         elif self._part is not None and self._writing is not None:
             wait_for([self._part])
             if self._published is not None:
@@ -314,9 +342,13 @@ class Checkpoints:
         if name is None:
             return {}
         place = self._folder / name
-        self._damaged = {other for other in standing(self._folder) if other > place}
-        self._saved_step = int(name.partition("-")[2])
+        self._saved_step = _step_of(place)
+        self._damaged = {other for other in standing(self._folder) if _step_of(other) > self._saved_step}
         return engine.load(place)
+
+    def outdate(self) -> None:
+        """The checkpoint that was resumed is behind what has been done since without a step: the next save replaces it."""
+        self._saved_step = None
 
     @property
     def cost(self) -> str:
@@ -352,7 +384,7 @@ class Checkpoints:
         self.settle()
         files = engine.snapshot(state())
         if not self._ranks.rank:
-            self._remove([*self._folder.glob(f"*{_DRAFT}")])
+            self._remove(_named(self._folder, rf"step-[0-9]+\{_DRAFT}"))
         (takes,) = self._ranks.add(bytes_of(files))  # and no rank looks or writes before what a death left is gone
         wanted = takes if needed else _ROOM * takes
         room = Room(takes, wanted, self._ranks.agree(free_bytes(self._folder) >= wanted))
@@ -366,6 +398,7 @@ class Checkpoints:
         self.blocked_seconds = blocked + time.perf_counter() - began
 
     def _publish(self, writing: _Writing) -> None:
+        _sync_readings(self._folder)  # a resume computes none anew that lie before the checkpoint
         writing.publish()
         self._damaged.discard(writing.place)
         whole = [place for place in standing(self._folder) if place not in self._damaged]

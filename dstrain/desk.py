@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,11 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dstrain.agenda import Agenda
 from dstrain.evidence import collect
+from dstrain.ledger import WANTED_FILE, Wanted, read_record
 from dstrain.run import run_files
 from dstrain.rungs import Promotions
-from dstrain.search import Candidate, Ended, Search, brief
+from dstrain.search import Candidate, Ended, Search, brief, holds
 from dstrain.settings import ROOT, plain
-from dstrain.tracking import Status, TrackedRun, Tracker
+from dstrain.tracking import Status, TrackedRun, Tracker, sent_of
 
 DIED = "its processes died without a word (killed, out of memory, or their node was lost)"
 
@@ -55,8 +57,29 @@ class Desk:
             "search": search.settings.model_dump(mode="json"),
         }
         self._parent = self._tracker.run(search.folder, search.base.name, params, self._tags)
+        self._catch_up()
         self._board.start()
         return self
+
+    def _catch_up(self) -> None:
+        """Has MLflow told of what an earlier start could not tell: it was killed, or MLflow did not answer in time."""
+        for candidate in self.search.everyone():
+            run, ended = self._as_left(candidate.folder), candidate.ended()
+            if run is not None and ended and not run.wanted.ended:
+                _tell(run, candidate, ended)
+            elif run is not None and run.is_due():
+                self._tracker.change(run, {})  # follows it as it stands: how and when it ended are kept
+
+    def owes(self) -> bool:
+        """Whether MLflow lacks anything of an earlier start."""
+        folders = [self.search.folder, *(candidate.folder for candidate in self.search.everyone())]
+        runs = [run for folder in folders if (run := self._as_left(folder)) is not None]
+        return self.search.base.tracking.enabled and any(run.is_due() or not run.wanted.ended for run in runs)
+
+    def _as_left(self, folder: Path) -> TrackedRun | None:
+        """A run as an earlier start left it; None where there was none."""
+        wanted = read_record(folder / WANTED_FILE, Wanted)
+        return TrackedRun(self._tracker, folder, wanted, sent_of(folder)) if wanted else None
 
     def __exit__(self, *error: object) -> None:
         self._board.stop()
@@ -72,7 +95,11 @@ class Desk:
             {"trials": str(len(search.candidates)), "unfinished": str(unfinished)},
             kept,
         )
-        self._tracker.close()
+        self._tracker.close(patient=not self._closed)  # an interrupted search has its lead time only
+
+    def say(self, sentence: str) -> None:
+        """One line that stays."""
+        self._board.say(sentence)
 
     def candidate(self, name: str) -> Candidate:
         """The trial with this id; a sampler or the finals may have added it since the start."""
@@ -90,6 +117,7 @@ class Desk:
     def started(self, name: str) -> None:
         """A trial has its processes."""
         candidate = self.candidate(name)
+        candidate.folder.mkdir(parents=True, exist_ok=True)
         (candidate.folder / "failure.txt").unlink(missing_ok=True)  # of an earlier attempt
         self.stopped.pop(name, None)  # a finalist may have been stopped before
         self._begun.add(name)
@@ -148,7 +176,7 @@ class Desk:
         """A trial's processes are gone: finds out why, and writes it down. Who is interrupted or waits has not ended."""
         candidate = self.candidate(name)
         waits = False
-        if (candidate.folder / "outcome.json").exists():
+        if holds(candidate.folder, "outcome.json"):
             self._finish(candidate, candidate.end("finished", "finished"))
         elif name in self.stopped:
             self._finish(candidate, candidate.end("stopped", self.stopped[name]))
@@ -167,17 +195,30 @@ class Desk:
             self.agenda.returned(candidate, waits)
 
     def _failure(self, candidate: Candidate) -> str:
-        file = candidate.folder / "failure.txt"
-        return file.read_text(encoding="utf-8").partition("\n")[0] if file.exists() else ""
+        if not holds(candidate.folder, "failure.txt"):
+            return ""
+        return (candidate.folder / "failure.txt").read_text(encoding="utf-8").partition("\n")[0]
 
     def _finish(self, candidate: Candidate, ended: Ended) -> None:
         self._begun.discard(candidate.id)
-        tags_file = candidate.folder / "tags.json"
-        tags = json.loads(tags_file.read_text()) if tags_file.exists() else {}
-        status: Status = "FAILED" if ended.state == "failed" else "FINISHED"
-        tags |= {"state": ended.state, "stop_reason": ended.reason, "restarts": str(len(candidate.faults()))}
-        self._run(candidate).finish(status, tags, run_files(candidate.folder))
+        _tell(self._run(candidate), candidate, ended)
         self._board.ended(candidate, ended)
+
+
+def catch_up(search: Search) -> None:
+    """Sends MLflow what it lacks of a search that has ended."""
+    desk = Desk(search)
+    if desk.owes():
+        with desk:
+            pass  # which follows what is unsent, and waits for it
+
+
+def _tell(run: TrackedRun, candidate: Candidate, ended: Ended) -> None:
+    """Ends a trial's run in MLflow."""
+    tags = json.loads((candidate.folder / "tags.json").read_text()) if holds(candidate.folder, "tags.json") else {}
+    status: Status = "FAILED" if ended.state == "failed" else "FINISHED"
+    tags |= {"state": ended.state, "stop_reason": ended.reason, "restarts": str(len(candidate.faults()))}
+    run.finish(status, tags, run_files(candidate.folder))
 
 
 class Board:

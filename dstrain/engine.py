@@ -116,7 +116,7 @@ class Ranks:
     device: torch.device
     launcher: str
     hosts: Any = None
-    """The process group in which the hosts talk without waiting for their devices; None is the group of all."""
+    """The process group in which the hosts talk without waiting for their devices; None where there is one rank."""
 
     def add(self, *numbers: float) -> tuple[float, ...]:
         """Sums over the ranks of numbers that each host knows; no device is waited for."""
@@ -179,9 +179,15 @@ class Ranks:
             raise UserError(f"on rank {first}: {problems[first]}" if first else problems[0])
 
 
+_PATIENCE = timedelta(days=1)
+"""How long a host waits for what another has to say: the first one may have hours of text to tokenise. That it has died is
+told by its connection."""
+
+
 def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     """Meets the other ranks (NCCL on GPUs, gloo on CPUs) and picks this rank's device.
 
+    `timeout_minutes`: how long ranks wait for one that does not come, and devices for each other.
     Raises UserError when there are more ranks on this machine than GPUs.
     """
     place = find_place(os.environ)
@@ -214,7 +220,7 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
         if shared_memory.exists():
             torch.distributed.barrier()  # by then every rank has opened it, and needs no name
             shared_memory.unlink()
-    hosts = torch.distributed.new_group(backend="gloo") if cuda and place.world > 1 else None
+    hosts = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if place.world > 1 else None
     return Ranks(place.rank, place.world, device, place.launcher, hosts)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -105,23 +105,20 @@ class Attempt:
     engine: Engine
     step: int
     """Run-wide: what draws depends on it."""
-    batches: Sequence[tuple[int, Batch, np.ndarray]]
-    """(place in the step, the micro-batch, which document each of its sequences is of)."""
+    batches: Sequence[Piece]
     weight: float
     """Terms of the loss in all micro-batches of all ranks."""
 
-    def pieces(self, pieces: int) -> Iterator[tuple[int, Piece]]:
-        """(number of the draws, piece). The first piece of a micro-batch draws as the whole would, the others anew."""
-        group = len(self.batches) * self.engine.ranks.world
-        for place, batch, documents in self.batches:
-            for piece in split(batch, documents, pieces):
-                yield place + piece.number * group, piece
+    def pieces(self, pieces: int) -> Iterator[Piece]:
+        """All that is to be learned from, cut so many times finer."""
+        for batch in self.batches:
+            yield from split(batch, pieces)
 
-    def learn(self, number: int, piece: Piece) -> tuple[Batch, Tensor, Tensor]:
+    def learn(self, piece: Piece) -> tuple[Batch, Tensor, Tensor]:
         """Adds the gradient of a piece: (the piece on the device, its summed loss, the objective's evidence)."""
         task: Any = self.engine.task
         with short_of_memory(piece):
-            task.set_step(self.step, number)
+            task.set_step(self.step, piece.micro_batch, piece.tokens, piece.sequences)
             on_device = piece.batch.to(self.engine.ranks.device)
             loss_sum, evidence = self.engine(on_device)
             self.engine.backward(loss_sum / self.weight if piece.counts else loss_sum * 0.0)
@@ -129,7 +126,9 @@ class Attempt:
 
     def smallest(self) -> Batch:
         """A few tokens, which learn nothing but can be learned from."""
-        return beginning(self.batches[0][1], tokens=8).to(self.engine.ranks.device)
+        task: Any = self.engine.task
+        task.set_step(self.step, self.batches[0].micro_batch)
+        return beginning(self.batches[0].batch, tokens=8).to(self.engine.ranks.device)
 
 
 # -------------------------------------------------------------------------------------------------- what is tried
@@ -150,7 +149,7 @@ class Healer:
         self._scale = engine.loss_scale
         self.events: dict[str, float] = {}
         """What happened in the last step, as values of a reading; empty when nothing did."""
-        self._since_fp16: dict[str, float] = {}
+        self._carried: dict[str, float] = {}  # what happened between the starts, told with the first step
 
     def begin(self, health: Health) -> Health:
         """Puts the task into the state that a checkpoint tells of, or that a start which ran out of memory left, or the end
@@ -158,12 +157,15 @@ class Healer:
         if self._engine.gave_out:
             widened = self._settings.attention_in_fp32
             if widened and not health.attention_in_fp32:
-                self._since_fp16["attention_in_fp32"] = 1.0
-            self._since_fp16["bf16_for_fp16"] = 1.0
+                self._carried["attention_in_fp32"] = 1.0
+            self._carried["bf16_for_fp16"] = 1.0
             health = replace(health, in_a_row=0, attention_in_fp32=widened)
         if health.attention_in_fp32:
             attend_in_fp32(self._engine.task)
-        return replace(health, pieces=self._engine.ranks.agree(max(health.pieces, self._noted())))
+        pieces = self._engine.ranks.agree(max(health.pieces, self._noted()))
+        if pieces > health.pieces:
+            self._carried["pieces"] = float(pieces)
+        return replace(health, pieces=pieces)
 
     def _noted(self) -> int:
         try:
@@ -176,7 +178,7 @@ class Healer:
 
         Raises Diverged when nothing helps any more, OutOfMemory or GaveOut when only a new start does.
         """
-        self.events, self._since_fp16 = self._since_fp16, {}
+        self.events, self._carried = self._carried, {}
         while True:
             shortage, failed = self._try(attempt, health, take)
             if not failed:
@@ -233,11 +235,7 @@ class Healer:
     def _cut_finer(self, shortages: list[dict[str, Any]], number: int, health: Health) -> Health:
         alone = next((found for found in shortages if found["sequences"] == 1), None)
         if alone:
-            raise Diverged(
-                f"{self._name}: document {alone['document']} of the training split ({alone['tokens']} tokens in one sequence) "
-                f"does not fit into memory even alone, at step {number}: {alone['held']:.1f} GB were held at most, and "
-                f"then: {alone['asked']}; {self._way_out}"
-            )
+            raise Diverged(self._too_large(alone, f"at step {number}"))
         pieces = 2 * health.pieces
         self.events["pieces"] = float(pieces)
         self._say(
@@ -247,12 +245,15 @@ class Healer:
         return replace(health, pieces=pieces)
 
     def _begin_anew(self, attempt: Attempt, health: Health, asked: str) -> OutOfMemory | TooLarge:
-        if health.pieces >= max(len(documents) for _, _, documents in attempt.batches):
-            longest = max(int(length) for _, batch, _ in attempt.batches for length in batch.sequences.lengths)
-            return TooLarge(
-                f"{self._name}: memory runs out with one document at a time (the longest of this step has {longest} tokens; "
-                f"{asked}); {self._way_out}"
+        if health.pieces >= max(len(batch.documents) for batch in attempt.batches):
+            tokens, document = max(
+                (length, int(document))
+                for batch in attempt.batches
+                for length, document in zip(batch.batch.sequences.lengths, batch.documents, strict=True)
             )
+            held = peak_memory_gb(self._engine.ranks.device)
+            found = {"document": document, "tokens": tokens, "held": held, "asked": asked}
+            return TooLarge(self._too_large(found, "the longest of this step"))
         pieces = 2 * health.pieces
         self._note.parent.mkdir(parents=True, exist_ok=True)
         draft = self._note.with_suffix(f".{self._engine.ranks.rank}.draft")
@@ -261,6 +262,16 @@ class Healer:
         return OutOfMemory(
             f"{self._name}: memory ran out in the middle of a step that the ranks take together ({asked}); the same "
             f"command goes on from the last checkpoint, with each micro-batch in {pieces} pieces"
+        )
+
+    def _too_large(self, found: dict[str, Any], which: str) -> str:
+        """That the document that was `found` cannot be learned from."""
+        tokens, task = found["tokens"], cast(Any, self._engine.task)
+        return (
+            f"{self._name}: document {found['document']} of the training split, counted from 0 ({tokens} tokens in one "
+            f"sequence, {which}), does not fit into memory even alone: it takes about "
+            f"{activations_gb(task.encoder, tokens):.1f} GB beside the model by estimate, {found['held']:.1f} GB were "
+            f"held in all at most, and then: {found['asked']}; {self._way_out}"
         )
 
     def _next_rung(self, attempt: Attempt, number: int, health: Health) -> tuple[Health, bool]:
@@ -291,8 +302,8 @@ class Healer:
         loss_is_finite, end = True, engine.spoil
         with Watched(engine.task) as watched:
             try:
-                for number, piece in pieces:
-                    _, loss_sum, _ = attempt.learn(number, piece)
+                for piece in pieces:
+                    _, loss_sum, _ = attempt.learn(piece)
                     engine.step(0.0)
                     loss_is_finite &= bool(torch.isfinite(loss_sum))
             except RanShort as error:  # watching takes memory too
@@ -303,7 +314,7 @@ class Healer:
             end(attempt.smallest())
         mine: dict[str, Any] = {"loss": loss_is_finite, "rank": engine.ranks.rank, "order": None}
         if (finding := watched.finding) is not None:
-            documents = ids(pieces[finding.call][1].documents)
+            documents = ids(pieces[finding.call].documents)
             mine |= {"order": [finding.call, not finding.forward], "said": finding.sentence, "documents": documents}
         seen = engine.ranks.gather(mine)
         what = "loss" if not all(one["loss"] for one in seen) else "gradient"
@@ -325,10 +336,25 @@ class Healer:
 
 
 def ids(documents: np.ndarray, most: int = 12) -> str:
-    """`3, 17, 44 and 5 more of the training split`, counted from 0."""
+    """`3, 17, 44 and 5 more of the training split, counted from 0`."""
     found = np.unique(documents).tolist()
     more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(map(str, found[:most])) + more + " of the training split"
+    return ", ".join(map(str, found[:most])) + more + " of the training split, counted from 0"
+
+
+def activations_gb(encoder: nn.Module, tokens: int) -> float:
+    """About what an encoder keeps of a sequence for its backward pass, without what is in the attention kernel.
+
+    In each layer: the inputs of the linear maps, of the norms and of the activation, and the dropouts' masks; with
+    activation checkpointing each layer's input, and all this of one layer.
+    """
+    shape: Any = encoder.settings
+    width = next(encoder.parameters()).element_size()
+    layer = width * (6 * shape.hidden_size + 4 * shape.qkv_size + 2 * shape.intermediate_size) + 2 * shape.hidden_size
+    layers = shape.num_layers * layer
+    if shape.activation_checkpointing:
+        layers = shape.num_layers * width * shape.hidden_size + layer
+    return tokens * layers / 1e9
 
 
 def attend_in_fp32(task: nn.Module) -> None:

@@ -108,3 +108,15 @@ def whole_lines(path: Path, offset: int) -> list[bytes]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+
+
+def begins_line(path: Path, offset: int) -> bool:
+    """Whether a line begins, or may be appended, after `offset` bytes; False behind the end of the file."""
+    if offset == 0:
+        return True
+    try:
+        with path.open("rb") as file:
+            file.seek(offset - 1)
+            return file.read(1) == b"\n"
+    except (FileNotFoundError, NotADirectoryError):
+        return False

@@ -1,4 +1,4 @@
-"""Each rank knows when another has died, whatever it is waiting for: a closed connection tells, not a time limit.
+"""Each rank knows when another has died, whatever it is waiting for: a closed connection tells, or 20 s of a machine's silence.
 
 Every rank keeps a connection to rank 0 that says nothing until somebody leaves. A collective of gloo fails when a peer
 dies; one of NCCL waits on, and so does a rank that is busy by itself. Rank 0 passes on who was lost. A rank that is left
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 GRACE_SECONDS = 10.0
 """How long a rank that is left may go on before it is ended."""
+KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 5, "TCP_USER_TIMEOUT": 20_000}
+"""Seconds without a word, then seconds between questions, how many; milliseconds for an answer to our own words. After 20 s
+a machine without power or network, which closes no connection, counts as lost."""
 _BYE = b"bye"
 
 
@@ -75,6 +78,7 @@ class Lifeline:
             address = "127.0.0.1" if one_machine else os.environ["MASTER_ADDR"]
             self._links[0] = socket.create_connection((address, port), timeout=60)
             self._links[0].settimeout(None)
+            _keep_alive(self._links[0])
             _send(self._links[0], f"{word} {ranks.rank:08d}".encode())
         else:
             here.settimeout(60)
@@ -84,6 +88,7 @@ class Lifeline:
                 said = _receive(link, len(word) + 9).decode(errors="replace").split(" ")
                 link.settimeout(None)
                 if said[0] == word:
+                    _keep_alive(link)
                     self._links[int(said[1])] = link
             here.close()
 
@@ -106,6 +111,14 @@ def _keep_quiet() -> None:
     """A launcher that saw the death ends the other ranks with signals, and their answer would only hide the cause."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _keep_alive(link: socket.socket) -> None:
+    """Has the kernel ask the other one's whether it is still there, whatever the processes are doing."""
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE.items():
+        if hasattr(socket, name):  # not every system has all of them
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _send(link: socket.socket, words: bytes) -> None:

@@ -29,9 +29,10 @@ from dstrain.metrics import Tally
 from dstrain.model.attention.report import DOCUMENTS, evenly, report_attention, summed_up
 from dstrain.objective import Objective, ObjectiveSettings, Task
 from dstrain.optim import OptimSettings, lr_factor
-from dstrain.packed import Batch
 from dstrain.readings import Reading, Report
 from dstrain.schema import Settings, setting
+from dstrain.splitting import Piece
+from dstrain.splitting import split as cut_up
 
 
 class StageSettings(Settings):
@@ -129,8 +130,10 @@ class Course:
     out, so 1 rank x 2 accumulations and 2 ranks x 1 see the same step.
     """
 
-    def __init__(self, lengths: np.ndarray, stage: StageSettings, seed: int, group: int) -> None:
-        self._lengths, self._stage, self._seed, self._group = lengths, stage, seed, group
+    def __init__(self, lengths: np.ndarray, stage: StageSettings, seed: int, group: int, cut: int = 1) -> None:
+        """With `cut` every micro-batch is taken in so many pieces, which ranks may share."""
+        self._lengths, self._stage, self._seed = lengths, stage, seed
+        self.group, self.cut = group, cut
         self._last: tuple[int, EpochPlan] | None = None
         self._first_steps = [0]
         self.left_out = 0
@@ -157,7 +160,7 @@ class Course:
         epochs = len(self._first_steps) - 1
         return [
             f"train: {self.left_out} of {epochs * len(self._lengths)} sequences (over {epochs} epochs) are in no step: "
-            f"an epoch is whole steps of {self._group} micro-batches (ranks x accumulation); others each epoch"
+            f"an epoch is whole steps of {self.group} micro-batches (ranks x accumulation); others each epoch"
         ]
 
     @property
@@ -188,7 +191,7 @@ class Course:
     def plan(self, epoch: int) -> EpochPlan:
         """The micro-batches of one epoch (the last one asked for is kept)."""
         if self._last is None or self._last[0] != epoch:
-            plan = epoch_plan(self._lengths, self._stage.tokens_per_batch, self._seed, epoch, self._group)
+            plan = epoch_plan(self._lengths, self._stage.tokens_per_batch, self._seed, epoch, self.group)
             self._last = (epoch, plan)
         return self._last[1]
 
@@ -203,15 +206,14 @@ class Mine:
     """What one rank does in one optimizer step."""
 
     step: int
-    batches: list[tuple[int, Batch, np.ndarray]]
-    """(place in the step, the micro-batch, which document each of its sequences belongs to)."""
+    batches: list[Piece]
     tokens: int
     """Real tokens of the whole step, over all ranks."""
 
     @property
     def weight(self) -> float:
         """Terms of the loss in this rank's micro-batches."""
-        return float(sum(batch.weight for _, batch, _ in self.batches))
+        return float(sum(piece.batch.weight for piece in self.batches if piece.counts))
 
 
 def prepared(course: Course, split: TokenSplit, objective: Objective, ranks: Ranks, steps: range) -> Iterator[Mine]:
@@ -219,11 +221,14 @@ def prepared(course: Course, split: TokenSplit, objective: Objective, ranks: Ran
 
     def prepare(step: int) -> Mine:
         plan, epoch, inner = course.step(step)
-        tokens = sum(int(split.lengths[piece.sequences_N].sum()) for piece in plan.of_rank(inner, 0, 1))
-        batches = [
-            (piece.micro_batch, objective.batch(split, piece.sequences_N, epoch), split.document[piece.sequences_N])
-            for piece in plan.of_rank(inner, ranks.rank, ranks.world)
-        ]
+        group = plan.of_rank(inner, 0, 1)
+        tokens = sum(int(split.lengths[planned.sequences_N].sum()) for planned in group)
+        batches = []
+        for share in range(ranks.rank, course.group * course.cut, ranks.world):
+            planned = group[share % course.group]
+            batch = objective.batch(split, planned.sequences_N, epoch)
+            whole = Piece.whole(batch, split.document[planned.sequences_N], planned.micro_batch)
+            batches.append([*cut_up(whole, course.cut)][share // course.group])
         return Mine(step, batches, tokens)
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
@@ -250,6 +255,8 @@ class Progress:
     stale: int = 0
     stopped: str = ""
     """Why the stage ended; empty while it runs."""
+    unjudged: bool = False
+    """Whether it was asked to stop within the evaluation that follows this step."""
     health: Health = field(default_factory=Health)
     """What failing steps have changed."""
 
@@ -260,6 +267,14 @@ class Progress:
 
 class Interrupted(Exception):
     """The run was asked to stop, has saved, and may go on later."""
+
+
+Asked = Callable[[], bool]
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -274,12 +289,14 @@ class Site:
 
 def fit(
     engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, course: Course, site: Site,
-    checkpoints: Checkpoints, report: Report, asked_to_stop: Callable[[], bool] = lambda: False, bf16_at_hand: bool = False,
+    checkpoints: Checkpoints, report: Report, asked_to_stop: Asked = never, told_to_stop: Asked = never,
+    bf16_at_hand: bool = False,
 ) -> Progress:  # fmt: skip
     """Trains one stage to its end, from its checkpoint where there is one.
 
     Leaves `best.safetensors` (the weights that the selection metric chose; the last ones without a validation split)
-    in the stage's folder. `asked_to_stop` is called before every step on every rank; one that is asked stops them all.
+    in the stage's folder. `asked_to_stop` is called before every step on every rank, `told_to_stop` between the batches of
+    an evaluation; one rank that is asked stops them all.
     Raises Interrupted after saving when that happens, GaveOut after saving when fp16 is to give way to `bf16_at_hand`,
     Diverged when the loss is not a number, Unsaved when the disk does not take what it must.
     """
@@ -295,7 +312,30 @@ def fit(
     healer = Healer(engine, stage.healing, site.name, site.folder, end, bf16_at_hand)
     progress = replace(progress, health=healer.begin(progress.health))
     hold_still(engine, stage, frozen=progress.step < course.thaw_step)
-    for mine in prepared(course, split, objective, ranks, range(progress.step, course.total_steps)):
+
+    def follow_up(progress: Progress) -> Progress:
+        """What is due after a step, before its checkpoint."""
+        due = course.due(progress.step)
+        with meter.paused():
+            if due.evaluation:
+                try:
+                    progress = judge(engine, objective, corpus, stage, site, progress, course.total_steps, report, told_to_stop)
+                except Interrupted:
+                    save(engine, checkpoints, replace(progress, unjudged=True), meter, needed=True)
+                    raise Interrupted(f"saved {site.name} at step {progress.step}, before its evaluation") from None
+            if due.attention or progress.stopped:
+                look_at_attention(engine, objective, split, stage, site, progress, course.total_steps, report)
+        return replace(progress, stopped="finished") if due.end and not progress.stopped else progress
+
+    if progress.unjudged:
+        task: Any = engine.task
+        task.set_step(site.first_step + progress.step - 1, 0)  # the evaluation draws as it would have after that step
+        progress = follow_up(replace(progress, unjudged=False))
+        checkpoints.outdate()
+        if not progress.stopped:
+            save(engine, checkpoints, progress, meter)
+    steps = range(progress.step, progress.step if progress.stopped else course.total_steps)
+    for mine in prepared(course, split, objective, ranks, steps):
         weight, asked, late = ranks.add(mine.weight, asked_to_stop(), checkpoints.late)
         if asked or late:
             with meter.paused():
@@ -313,23 +353,27 @@ def fit(
             with meter.paused():
                 save(engine, checkpoints, progress, meter, needed=True)
             raise
+        except Diverged:
+            report(events(site, replace(progress, step=mine.step + 1), course, healer.events | {"given_up": 1.0}))
+            raise
         progress = replace(progress, step=mine.step + 1, tokens=progress.tokens + mine.tokens, health=health)
         if healer.events:
-            step, tokens, seconds = progress.step, progress.tokens, progress.seconds
-            report(Reading(site.name, "events", step, course.total_steps, tokens, seconds, healer.events))
+            report(events(site, progress, course, healer.events))
         due = course.due(progress.step)
         if due.report:
             progress = meter.report(progress, report)
-        with meter.paused():
-            if due.evaluation:
-                progress = judge(engine, objective, corpus, stage, site, progress, course.total_steps, report)
-            if due.attention or progress.stopped:
-                look_at_attention(engine, objective, split, stage, site, progress, course.total_steps, report)
-            if progress.stopped or due.end:
-                return replace(progress, stopped=progress.stopped or "finished")
-            if due.checkpoint:
+        progress = follow_up(progress)
+        if progress.stopped:
+            return progress
+        if due.checkpoint:
+            with meter.paused():
                 save(engine, checkpoints, progress, meter)
-    return replace(progress, stopped="finished")  # resumed after its last step
+    return replace(progress, stopped=progress.stopped or "finished")  # resumed after its last step
+
+
+def events(site: Site, progress: Progress, course: Course, figures: dict[str, float]) -> Reading:
+    """What was tried, as a reading."""
+    return Reading(site.name, "events", progress.step, course.total_steps, progress.tokens, progress.seconds, figures)
 
 
 def save(
@@ -354,8 +398,8 @@ def take_step(attempt: Attempt, meter: Meter, lr: float, pieces: int = 1) -> Non
     engine = attempt.engine
     engine.expect(len(attempt.batches) * pieces)
     with counting(engine, meter.tally) as tally:
-        for number, piece in attempt.pieces(pieces):
-            on_device, loss_sum, evidence = attempt.learn(number, piece)
+        for piece in attempt.pieces(pieces):
+            on_device, loss_sum, evidence = attempt.learn(piece)
             engine.step(lr)
             if piece.counts:
                 tally.add(on_device, loss_sum, evidence, piece.documents)
@@ -384,14 +428,14 @@ def hold_still(engine: Engine, stage: StageSettings, frozen: bool) -> None:
 
 def judge(
     engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, site: Site, progress: Progress,
-    total_steps: int, report: Report,
+    total_steps: int, report: Report, told_to_stop: Asked,
 ) -> Progress:  # fmt: skip
     """Evaluates on the validation split, keeps the weights when they are the best so far, counts patience."""
     best_file = site.folder / "best.safetensors"
     if "valid" not in corpus.splits:
         keep(engine, best_file)
         return progress
-    figures = evaluate(engine, objective, corpus.splits["valid"], stage.tokens_per_batch, engine.ranks)
+    figures = evaluate(engine, objective, corpus.splits["valid"], stage.tokens_per_batch, engine.ranks, told_to_stop)
     metric, mode = stage.selection
     value = figures[metric]
     if progress.best is None:
@@ -465,11 +509,13 @@ def keep(engine: Engine, file: Path) -> None:
 
 @torch.no_grad()
 def evaluate(
-    forward: Engine | Task, objective: Objective, split: TokenSplit, tokens_per_batch: int, ranks: Ranks
-) -> dict[str, float]:
+    forward: Engine | Task, objective: Objective, split: TokenSplit, tokens_per_batch: int, ranks: Ranks,
+    told_to_stop: Asked = never,
+) -> dict[str, float]:  # fmt: skip
     """Figures over a whole split, the same on every rank: fixed masks, no dropout, each sequence counted once.
 
-    `forward` is the engine while training, or a bare task afterwards.
+    `forward` is the engine while training, or a bare task afterwards. Raises Interrupted, on every rank, when one of them is
+    told to stop.
     """
     module: Any = forward.task if isinstance(forward, Engine) else forward
     was_training = module.training
@@ -477,6 +523,9 @@ def evaluate(
     tally = objective.tally(split, ranks.device)
     # Every rank does the same number of forward passes (ZeRO-3 gathers in each); repeats are not counted.
     for _, rows, counted in evaluation_plan(split.lengths, tokens_per_batch, ranks.world).of_rank(ranks.rank):
+        (told,) = ranks.add(told_to_stop())
+        if told:
+            raise Interrupted("within an evaluation")
         batch = objective.batch(split, rows, epoch=-1).to(ranks.device)
         loss_sum, evidence = forward(batch)
         if counted:
@@ -505,7 +554,7 @@ class Meter:
     def unreported(self) -> dict[str, Any]:
         """What every rank has counted since the last report, for a checkpoint between two of them. Collective."""
         sums = self._engine.ranks.gather(self.tally.sums.tolist())
-        return {"since": asdict(self._reported), "sums": sums, "seconds": self._seconds}
+        return {"since": asdict(self._reported), "sums": sums, "seconds": self._seconds, "lr": self.lr}
 
     def restore(self, unreported: dict[str, Any]) -> None:
         """Goes on counting where `unreported` was asked."""
@@ -514,7 +563,7 @@ class Meter:
             sums = torch.stack([sums.sum(0), *[torch.zeros_like(sums[0])] * (ranks.world - 1)])
         self._reported = Progress(**unreported["since"])
         self.tally.sums += sums[ranks.rank].to(self.tally.sums.device)
-        self._seconds = unreported["seconds"]
+        self._seconds, self.lr = unreported["seconds"], unreported.get("lr", 0.0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -531,7 +580,7 @@ class Meter:
         seconds = max(self._seconds + time.perf_counter() - self._since, 1e-9)
         tokens, steps = progress.tokens - before.tokens, progress.step - before.step
         progress = replace(progress, seconds=progress.seconds + seconds)
-        budget = steps * engine.ranks.world * self._stage.accumulation * self._stage.tokens_per_batch
+        budget = steps * self._course.group * self._stage.tokens_per_batch
         figures |= {
             "lr": self.lr,
             "grad_norm": engine.grad_norm,

@@ -20,7 +20,7 @@ from dstrain.data.vocabulary import Vocabulary
 from dstrain.metrics import CountTally, DocumentTally, Tally
 from dstrain.model.encoder import Encoder, EncoderSettings
 from dstrain.model.heads import ClassificationHead, MlmHead, Pooler, Pooling
-from dstrain.packed import Batch, Sequences
+from dstrain.packed import Batch, Rows, Sequences
 from dstrain.schema import Settings, setting
 
 
@@ -62,11 +62,14 @@ class Task(nn.Module):
         """The batch must lie on the module's device."""
         return self._loss(self.encoder, batch)
 
-    def set_step(self, step: int, micro_batch: int) -> None:
-        """Tells every part that draws (dropout, projections, rotations) which micro-batch of the run this is."""
-        self.encoder.set_step(step, micro_batch)
+    def set_step(
+        self, step: int, micro_batch: int, tokens: Rows | None = None, sequences: Rows | None = None
+    ) -> None:
+        """Tells every part that draws (dropout, projections, rotations) which micro-batch of the run this is, or which
+        tokens and sequences of it."""
+        self.encoder.set_step(step, micro_batch, tokens)
         if isinstance(self.head, ClassificationHead):
-            self.head.set_step(step, micro_batch)
+            self.head.set_step(step, micro_batch, sequences)
 
 
 # ------------------------------------------------------------------------------------------------- masked words

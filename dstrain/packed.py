@@ -73,6 +73,13 @@ class Sequences:
         return torch.arange(self.tokens, device=self.device) - self.starts_N1.long()[self.document_T]
 
 
+class Rows(NamedTuple):
+    """Which of a whole micro-batch's rows (tokens, or sequences) a piece of it has: those from `first` on, of so many."""
+
+    first: int
+    of: int
+
+
 class Batch(NamedTuple):
     """One packed micro-batch as an encoder and an objective take it."""
 

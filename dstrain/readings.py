@@ -125,6 +125,7 @@ class JsonLines:
     Reopened after a kill it cuts off a torn last line and passes over every reading at or before the last step written
     for the same (stage, split): a run that resumes from an older checkpoint computes those steps again, and they would
     stand there twice. What cannot be written (full disk) is said once, kept in memory and written when there is room.
+    `close` tries a last time.
     """
 
     def __init__(self, folder: Path, say: Say = say_aloud) -> None:
@@ -149,6 +150,25 @@ class JsonLines:
             self._append()
         except OSError as error:
             self._complain(error)
+
+    def close(self) -> None:
+        """Has all that was reported on disk. What cannot be written even now is lost, and that is said."""
+        lost = self._unwritten.count(b"\n")
+        try:
+            if lost:
+                self._append()
+            self._sync()
+        except OSError as error:
+            if self._unwritten:
+                why = f"cannot be written at the end either ({error.strerror or error})"
+                self._say(f"{self.path}: {why}, and the {lost} readings in memory are lost; make room before the next run")
+
+    def _sync(self) -> None:
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
     def _append(self) -> None:
         """Writes all that waits, or leaves the file as it was: half a line would spoil the line after it."""

@@ -12,27 +12,28 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from dstrain.checkpoints import FOLDER as CHECKPOINTS
-from dstrain.checkpoints import Checkpoints, standing
+from dstrain.checkpoints import Checkpoints, put_in_place, standing
 from dstrain.data.cache import Corpus, cache_home, open_corpus, open_vocabulary
 from dstrain.data.vocabulary import Vocabulary
 from dstrain.ds_plan import Facts, read_plan, resolve
 from dstrain.engine import Engine, Ranks
 from dstrain.evidence import collect
 from dstrain.healing import GaveOut, OutOfMemory, attend_in_fp32
-from dstrain.loop import Course, Progress, Site, StageSettings, evaluate, fit
+from dstrain.loop import Asked, Course, Interrupted, Progress, Site, StageSettings, evaluate, fit, never
 from dstrain.model.encoder import Encoder
 from dstrain.objective import Objective, Task
 from dstrain.optim import build_optimizer, parameter_groups
 from dstrain.precision import Precision, choose, in_place_of_fp16
 from dstrain.readings import READINGS_FILE, Reading, Report, say_aloud
 from dstrain.regroup import regrouped
-from dstrain.schema import UserError, dump_yaml, read_yaml, validate
+from dstrain.schema import UserError, dump_yaml, flatten, read_yaml, validate
 from dstrain.settings import ROOT, RunSettings, differences, plain
 from dstrain.texts import TEXTS_FILE, TextRecord, keep_or_refuse
 from dstrain.vitals import Vitals, with_vitals
@@ -58,8 +59,10 @@ class Watch:
     report: Report
     say: Say
     tag: Callable[[dict[str, str]], None]
-    asked_to_stop: Callable[[], bool] = lambda: False
+    asked_to_stop: Asked = never
     """Called before every step, on every rank."""
+    told_to_stop: Asked = never
+    """Only looks; called between the batches of an evaluation, on every rank."""
     may_end_there: bool = False
     """Whether `asked_to_stop` may end the process: a checkpoint is on disk before it is called."""
 
@@ -74,21 +77,24 @@ def run(
     saving, Diverged.
     """
     folder = settings.folder
-    precision = precision_of(settings, ranks)
     if (folder / "outcome.json").exists():
         watch.say(f"{folder}: already finished")
         return Outcome(**read_record(folder / "outcome.json"))
-    began_with = first_world(folder, ranks)
+    precision, before = precision_of(settings, ranks), beginning(folder)
+    began_with = before.get("ranks", ranks.world)
     unfinished = [name for name in settings.stages if not (folder / "stages" / name / "done.json").exists()]
-    settings = regrouped(settings, began_with, ranks.world, unfinished)
+    settings, cuts = regrouped(settings, began_with, ranks.world, unfinished)
     if began_with != ranks.world:
-        watch.say(f"begun by {began_with} ranks, goes on with {ranks.world}: accumulation keeps every step as it was")
+        shared = " and shared micro-batches" if max(cuts.values(), default=1) > 1 else ""
+        watch.say(f"begun by {began_with} rank(s), goes on with {ranks.world}: accumulation{shared} keep every step as it was")
     vocabulary = own_vocabulary(folder) or run_vocabulary(settings, watch.say)
     with ranks.alike():
-        ready = make_ready(settings, vocabulary, precision, ranks, watch.say)
+        ready = make_ready(settings, vocabulary, precision, ranks, watch.say, cuts)
     with ranks.first() as mine:
         if mine:
-            write_whole(folder / RANKS_FILE, json.dumps({"ranks": began_with}))
+            same_deepspeed(settings, before)
+            began = {"ranks": began_with, "precision": precision.name, **beginning_of(settings)}
+            write_whole(folder / RANKS_FILE, json.dumps(began, indent=1))
             texts = settle_texts(settings, ready, unfinished, accept_changed_data, agreed or {}, watch.say)
             leave_evidence(settings, vocabulary, {name: ready[name] for name in unfinished}, texts, ranks)
     outcome, first_step, weights = Outcome(), 0, None
@@ -123,7 +129,10 @@ def run(
         task.to(ranks.device, precision.dtype)
         if progress.health.attention_in_fp32:
             attend_in_fp32(task)
-        figures = evaluate(task, objective, corpus.splits["test"], stage.tokens_per_batch, ranks)
+        try:
+            figures = evaluate(task, objective, corpus.splits["test"], stage.tokens_per_batch, ranks, watch.told_to_stop)
+        except Interrupted:
+            raise Interrupted("every stage is trained and kept; the test split is yet to be read") from None
         outcome.test.update(figures)
         watch.report(Reading(name, "test", progress.step, progress.step, progress.tokens, progress.seconds, figures))
     with ranks.first() as mine:
@@ -158,6 +167,8 @@ def train(
     stage: StageSettings, ready: Ready, task: Task, site: Site, ranks: Ranks, watch: Watch
 ) -> Progress:
     """One stage on a DeepSpeed engine of its own."""
+    if not standing(site.folder / CHECKPOINTS):
+        watch.say(f"{site.name}: {on_disk(stage, ready, task)}")
     optimizer = build_optimizer(groups(task, stage), stage.optim, ranks.device)
     engine = Engine(task, optimizer, ready.plan, ranks)
     checkpoints = Checkpoints(site.folder / CHECKPOINTS, ranks, stage.keep, watch.say, watch.may_end_there)
@@ -165,7 +176,7 @@ def train(
         with checkpoints:
             progress = fit(
                 engine, ready.objective, ready.corpus, stage, ready.course, site, checkpoints, watch.report,
-                watch.asked_to_stop, all(ranks.gather(ready.bf16_at_hand)),
+                watch.asked_to_stop, watch.told_to_stop, all(ranks.gather(ready.bf16_at_hand)),
             )  # fmt: skip
     finally:
         engine.close()
@@ -198,9 +209,12 @@ class Ready:
 
 
 def make_ready(
-    settings: RunSettings, vocabulary: Vocabulary, precision: Precision, ranks: Ranks, say: Say
-) -> dict[str, Ready]:
+    settings: RunSettings, vocabulary: Vocabulary, precision: Precision, ranks: Ranks, say: Say,
+    cuts: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, Ready]:  # fmt: skip
     """Text, labels, steps, DeepSpeed plan and starting weights of every stage, before the first one trains.
+
+    `cuts`: into how many pieces a stage cuts its micro-batches (1).
 
     Raises UserError with the mistakes of all stages.
     """
@@ -211,7 +225,9 @@ def make_ready(
             plan = stage_plan(settings, stage, precision, ranks)
             corpus = stage_corpus(stage, vocabulary, say)
             objective: Objective = stage.objective.build(corpus, vocabulary, settings.encoder, settings.seed)
-            course = Course(corpus.splits["train"].lengths, stage, settings.seed, ranks.world * stage.accumulation)
+            cut = cuts.get(name, 1)
+            group = ranks.world * stage.accumulation // cut
+            course = Course(corpus.splits["train"].lengths, stage, settings.seed, group, cut)
             if (given := starting_weights(name, stage, None)) is not None:
                 own = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), objective).state_dict()
                 same_encoder(own, given, name)
@@ -231,6 +247,13 @@ def stage_plan(settings: RunSettings, stage: StageSettings, precision: Precision
         loss_scale=settings.loss_scale, hidden_size=settings.encoder.hidden_size, device=ranks.device.type,
     )  # fmt: skip
     return resolve(read_plan(source), stage_facts, str(source))
+
+
+def on_disk(stage: StageSettings, ready: Ready, task: Task) -> str:
+    """What a stage's checkpoints will take, in words."""
+    sixteen_bit = any(ready.plan.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
+    parameters = sum(parameter.numel() for parameter in task.parameters())
+    return stage.keep.on_disk(parameters, ready.plan["zero_optimization"]["stage"], sixteen_bit, ready.course.total_steps)
 
 
 def bf16_at_hand(settings: RunSettings, stage: StageSettings, precision: Precision, ranks: Ranks) -> bool:
@@ -388,7 +411,8 @@ def _lock(file: IO[str], wait_seconds: float) -> bool:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(0.5)
-        except OSError:  # a file system without locks
+        except OSError:
+            say_aloud(f"{file.name}: this file system has no locks; make sure that no other process works in that folder")
             return True
         else:
             return True
@@ -481,28 +505,72 @@ GAVE_OUT_FILE = "fp16-gave-out.txt"
 """Is there when fp16 has given way to bf16, and says why."""
 
 RANKS_FILE = "ranks.json"
-"""How many ranks began the run: with their accumulation it says what a step is."""
+"""How many ranks began the run, which with their accumulation says what a step is, in which number format, and with which
+DeepSpeed JSON."""
 
 
-def first_world(folder: Path, ranks: Ranks) -> int:
-    """The number of ranks that a run's first stage was begun with; this one's, when none has begun."""
+def beginning(folder: Path) -> dict[str, Any]:
+    """What RANKS_FILE says of a run that has begun; nothing before."""
     file = folder / RANKS_FILE
-    return int(read_record(file)["ranks"]) if file.exists() and has_begun(folder) else ranks.world
+    return read_record(file) if file.exists() and has_begun(folder) else {}
+
+
+def beginning_of(settings: RunSettings) -> dict[str, Any]:
+    """What the settings do not say themselves, to be kept: the DeepSpeed JSON as it is now."""
+    return {"deepspeed_file": str(settings.deepspeed), "deepspeed": read_plan(settings.deepspeed_path)}
 
 
 def precision_of(settings: RunSettings, ranks: Ranks) -> Precision:
-    """The run's number format: what the settings ask for, or bf16 once fp16 has given way to it.
+    """The run's number format: what the settings ask for; auto is what it was begun in, and fp16 bf16 once it gave way.
 
     Raises UserError where the device has not got it.
     """
-    file = settings.folder / GAVE_OUT_FILE
-    if not ranks.agree(file.exists()):
-        return choose(settings.precision, ranks.device)
+    gave_out, before = ranks.agree([(settings.folder / GAVE_OUT_FILE).exists(), beginning(settings.folder)])
     with ranks.alike():
-        if (instead := in_place_of_fp16(ranks.device)) is not None:
-            return instead
-        raise UserError(f"{file}: this run goes on in bf16, which the GPU here has not got; start it on one that has")
+        return number_format(settings, ranks.device, gave_out, before)
     raise AssertionError("alike raises on all ranks")
+
+
+def number_format(settings: RunSettings, device: torch.device, gave_out: bool, before: Mapping[str, Any]) -> Precision:
+    """`precision_of`, by what is known of the run's beginning."""
+    folder, instead = settings.folder, in_place_of_fp16(device)
+    if gave_out:
+        if instead is None:
+            file = folder / GAVE_OUT_FILE
+            raise UserError(f"{file}: this run goes on in bf16, which the GPU here has not got; start it on one that has")
+        return instead
+    found, began_in = choose(settings.precision, device), before.get("precision")
+    if settings.precision != "auto" or began_in in (None, found.name):
+        return found
+    try:
+        return choose(began_in, device)._replace(reason=f"{began_in}: this run was begun in it")
+    except UserError:
+        raise UserError(
+            f"{folder}: this run was begun in {began_in}, which the device here has not got; go on where there is such a "
+            "one, or give name=... for a new run"
+        ) from None
+
+
+def same_deepspeed(settings: RunSettings, before: Mapping[str, Any]) -> None:
+    """Raises UserError when the DeepSpeed JSON of a run says other things than `before`, at its beginning.
+
+    What is left to us ("auto") and what follows from the number of ranks may differ.
+    """
+    now = beginning_of(settings)
+    if before.get("deepspeed_file") != now["deepspeed_file"]:  # an exchange between trials: the state came with other settings
+        return
+    free = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
+    kept, given = (
+        {"zero_optimization.stage": 0} | {key: value for key, value in flatten(found["deepspeed"]).items() if value != "auto"}
+        for found in (before, now)
+    )
+    unlike = [key for key in sorted(kept.keys() | given.keys()) if kept.get(key) != given.get(key) and key not in free]
+    if unlike:
+        changes = "; ".join(f"{key}: {kept.get(key, 'not there')} -> {given.get(key, 'not there')}" for key in unlike[:4])
+        raise UserError(
+            f"{settings.deepspeed_path}: is not what {settings.folder} was begun with ({changes}); put it back, give "
+            "name=... for a new run, or start over with --resume never"
+        )
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -514,11 +582,11 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; it is on disk afterwards."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(file.name + ".draft")
     draft.write_text(text, encoding="utf-8")
-    draft.rename(file)
+    put_in_place(draft, file)
 
 
 def device_name(ranks: Ranks) -> str:
@@ -558,16 +626,16 @@ class StageForecast:
 def forecast(settings: RunSettings, world: int, device: torch.device, say: Say) -> list[StageForecast]:
     """Every stage's plan, parameters, tokens and steps. Tokenises what is not tokenised yet, trains nothing."""
     ranks = Ranks(0, world, device, "dry run")
-    gave_out = (settings.folder / GAVE_OUT_FILE).exists()
-    precision = (in_place_of_fp16(device) if gave_out else None) or choose(settings.precision, device)
-    vocabulary = run_vocabulary(settings, say)
+    before = beginning(settings.folder)
+    precision = number_format(settings, device, (settings.folder / GAVE_OUT_FILE).exists(), before)
+    settings, cuts = regrouped(settings, before.get("ranks", world), world, [*settings.stages])
+    vocabulary = own_vocabulary(settings.folder) or run_vocabulary(settings, say)
     found = []
-    for name, ready in make_ready(settings, vocabulary, precision, ranks, say).items():
+    for name, ready in make_ready(settings, vocabulary, precision, ranks, say, cuts).items():
         task = Task(Encoder(settings.encoder, vocabulary.size, settings.seed), ready.objective)
         parameters = sum(parameter.numel() for parameter in task.parameters())
         lengths, steps = ready.corpus.splits["train"].lengths, ready.course.total_steps
-        zero_stage = ready.plan["zero_optimization"]["stage"]
-        disk = settings.stages[name].keep.on_disk(parameters, zero_stage, precision.name != "fp32", steps)
+        disk = on_disk(settings.stages[name], ready, task)
         found.append(
             StageForecast(name, len(lengths), int(lengths.sum()), steps, parameters, ready.plan, disk, ready.notes)
         )

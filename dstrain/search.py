@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from dstrain.optim import warmup_steps
 from dstrain.readings import READINGS_FILE, Reading, amount, duration, read_readings
 from dstrain.run import hold, read_record, run_vocabulary, stage_corpus, write_whole
 from dstrain.rungs import History, NoSchedulerSettings, Rungs, early_cut, grace_of, open_rungs
-from dstrain.schema import UserError, dump_yaml, read_yaml, together
+from dstrain.schema import UserError, dump_yaml, flatten, read_yaml, together
 from dstrain.settings import Document, RunSettings, SearchSettings, differences, load_search, plain, run_settings
 from dstrain.space import OpenSpace, Trial, apply, read_space, setting_named
 
@@ -92,9 +93,7 @@ class Candidate:
 
     def faults(self) -> list[str]:
         """The reasons of the deaths so far."""
-        file = self.folder / FAULTS_FILE
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return [str(json.loads(line)["reason"]) for line in lines]
+        return read_faults(self.folder)
 
     @property
     def configuration(self) -> str:
@@ -103,7 +102,22 @@ class Candidate:
 
     def readings(self) -> list[Reading]:
         """All it has reported so far."""
-        return read_readings(self.folder) if (self.folder / READINGS_FILE).exists() else []
+        return read_readings(self.folder) if holds(self.folder, READINGS_FILE) else []
+
+
+def read_faults(folder: Path) -> list[str]:
+    """The reasons of the deaths that a trial was started again after, from its run folder."""
+    lines = (folder / FAULTS_FILE).read_text(encoding="utf-8").splitlines() if holds(folder, FAULTS_FILE) else []
+    return [str(json.loads(line)["reason"]) for line in lines]
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Whether a run folder has this file, which another node may have written. Reads the folder: an NFS client long
+    remembers that a name was absent."""
+    try:
+        return name in os.listdir(folder)
+    except FileNotFoundError:
+        return False
 
 
 @dataclass
@@ -123,6 +137,8 @@ class Search:
     """The finalists, once their turn has come: a final that fails does not let another one in."""
     exhausted: bool = False
     """The sampler has nothing new to propose, though fewer trials than wanted are known."""
+    words: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What a learning sampler said when it proposed a trial, by the trial's id."""
 
     @property
     def folder(self) -> Path:
@@ -166,6 +182,7 @@ class Search:
             return None
         candidate = candidate_of(self.document, self.base.folder, trial)
         self.candidates.append(candidate)
+        self.words[candidate.id] = dict(said)
         if said not in self.proposed():
             with (self.folder / PROPOSED_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(said) + "\n")
@@ -175,6 +192,19 @@ class Search:
         """What a learning sampler has proposed so far, in its own words."""
         file = self.folder / PROPOSED_FILE
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def check_space(self) -> None:
+        """Raises UserError where trials were proposed in another space: a sampler's words count its options."""
+        file, proposed = self.folder / "search.yaml", self.proposed()
+        before = _meaning(read_yaml(file) if file.exists() else {})
+        now = _meaning({"space": self.document.space, "search": plain(self.settings)})
+        changed = [address for address in {**before, **now} if before.get(address) != now.get(address)]
+        if proposed and changed:
+            raise UserError(
+                f"{self.folder}: its {len(proposed)} trials were proposed in another space (changed: {', '.join(changed[:6])}; "
+                f"{file.name} there has the old one); change it back, give this search another name=..., "
+                "or move the folder away"
+            )
 
     def finalists(self) -> list[list[Candidate]]:
         """The best configurations, best first, each as its runs with several seeds; empty while the search proper runs."""
@@ -452,9 +482,16 @@ def plan_search(document: Document) -> Search:
         _can_pause(document, settings, [candidate.settings for candidate in candidates] or [base])
     notes = [f"search.constraints leave out {left_out} of {left_out + len(trials)} combinations"] if left_out else []
     search = Search(document, base, settings, candidates, tuple(notes), space)
+    search.check_space()
     for said in search.proposed() if space else ():
         search.adopt(said)
     return search
+
+
+def _meaning(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What gives a sampler's words their meaning, by address: the axes and the constraints of a search."""
+    flat = flatten({name: json.loads(json.dumps(tree.get(name), default=str)) for name in ("space", "search")})
+    return {address: value for address, value in flat.items() if address.startswith(("space.", "search.constraints"))}
 
 
 def _can_pause(document: Document, settings: SearchSettings, runs: Sequence[RunSettings]) -> None:

@@ -217,7 +217,8 @@ class SearchSettings(Settings):
     max_failures: int = setting(2, ge=0)
     """How often a trial that died, hung or lost its node is started again, from its checkpoint."""
     silence_minutes: float = setting(30.0, gt=0, unit="minutes")
-    """A trial that reports nothing for so long is taken for hung: its processes are ended and it counts as a failure."""
+    """A trial that reports nothing for so long is taken for hung: its processes are ended and it counts as a failure. A search
+    for whose trials no node is left waits so long for one to come back, then ends with status 75."""
 
     @model_validator(mode="after")
     def _goes_together(self) -> SearchSettings:

@@ -8,27 +8,36 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dstrain.packed import Batch, Sequences
+from dstrain.packed import Batch, Rows, Sequences
 
 
 class Piece(NamedTuple):
-    """Some sequences of a micro-batch."""
+    """A micro-batch, or some sequences of one."""
 
     batch: Batch
     documents: np.ndarray
     """(N) the document each sequence is of."""
-    number: int
-    """Of the piece within its micro-batch."""
-    counts: bool
+    micro_batch: int
+    """Number of the micro-batch within its optimizer step, over all ranks."""
+    tokens: Rows
+    sequences: Rows
+    """Where both lie in the whole micro-batch."""
+    counts: bool = True
     """False for a repeat, which keeps the number of pieces equal on all ranks and is worth nothing."""
 
+    @classmethod
+    def whole(cls, batch: Batch, documents: np.ndarray, micro_batch: int) -> Piece:
+        """All of a micro-batch."""
+        return cls(batch, documents, micro_batch, Rows(0, batch.sequences.tokens), Rows(0, len(documents)))
 
-def split(batch: Batch, documents: np.ndarray, pieces: int) -> Iterator[Piece]:
+
+def split(whole: Piece, pieces: int) -> Iterator[Piece]:
     """Exactly `pieces` runs of whole sequences, of about as many tokens each; what cannot be cut again is repeated."""
     if pieces == 1:  # every step of a run to which nothing has happened
-        yield Piece(batch, documents, 0, counts=True)
+        yield whole
         return
-    ends = np.asarray(batch.sequences.starts[1:])
+    starts = whole.batch.sequences.starts
+    ends = np.asarray(starts[1:])
     count = min(pieces, len(ends))
     cuts = [0]
     for number in range(1, count):  # each piece ends nearest to its share, and leaves a sequence for each that follows
@@ -37,7 +46,13 @@ def split(batch: Batch, documents: np.ndarray, pieces: int) -> Iterator[Piece]:
     cuts.append(len(ends))
     for number in range(pieces):
         first, last = cuts[min(number, count - 1)], cuts[min(number, count - 1) + 1]
-        yield Piece(part(batch, first, last), documents[first:last], number, counts=number < count)
+        yield whole._replace(
+            batch=part(whole.batch, first, last),
+            documents=whole.documents[first:last],
+            tokens=Rows(whole.tokens.first + starts[first], whole.tokens.of),
+            sequences=Rows(whole.sequences.first + first, whole.sequences.of),
+            counts=whole.counts and number < count,
+        )
 
 
 def part(batch: Batch, first: int, last: int) -> Batch:

@@ -7,8 +7,9 @@ per process reads what was appended and sends it. Two small files make that safe
     mlflow.json     how far MLflow has got: run id, bytes of readings.jsonl sent, revision of tracking.json sent.
 
 Sending is idempotent: a metric row is (key, step, time, value) with the time of the JSON line, and MLflow keeps one of
-equal rows; a run is found again by its tag `dstrain.key` when the answer to its creation got lost. So everything may be
-sent twice, by this process or by `python -m dstrain.tracking FOLDER`, and stands in the store once.
+equal rows; steps that a store has already when a run is looked up there are passed over, since a run that lost power has
+computed them again, at another time; a run is found again by its tag `dstrain.key` when the answer to its creation got lost.
+So everything may be sent twice, by this process or by `python -m dstrain.tracking FOLDER`, and stands in the store once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import sys
 import threading
 import time
@@ -32,7 +32,17 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
-from dstrain.ledger import WANTED_FILE, Sent, Wanted, locked, read_record, size_of, whole_lines, write_record
+from dstrain.ledger import (
+    WANTED_FILE,
+    Sent,
+    Wanted,
+    begins_line,
+    locked,
+    read_record,
+    size_of,
+    whole_lines,
+    write_record,
+)
 from dstrain.readings import READINGS_FILE, Say, from_line, say_aloud
 from dstrain.schema import Settings, UserError, flatten, setting
 
@@ -203,6 +213,7 @@ class Tracker:
         self._changing = threading.Lock()  # of _runs and each run's `wanted`; never held while anything is sent
         self._wake = threading.Event()
         self._closing = threading.Event()
+        self._delivered = 0
         self._thread: threading.Thread | None = None
 
     def run(
@@ -272,16 +283,21 @@ class Tracker:
             time.sleep(0.02)
         return True
 
-    def close(self, timeout_seconds: float = 30.0) -> bool:
+    def close(self, timeout_seconds: float = 30.0, patient: bool = False) -> bool:
         """Sends the rest and stops; True when nothing is unsent.
 
         A store that fails now is tried three times, not longer than `timeout_seconds`; then what is unsent is said,
-        with the command that sends it later.
+        with the command that sends it later. `patient`: that much longer after every run that got through.
         """
         self._closing.set()
         self._wake.set()
         if self._thread is not None:
-            self._thread.join(timeout_seconds)
+            delivered = -1
+            while self._thread.is_alive() and delivered < self._delivered:
+                delivered = self._delivered
+                self._thread.join(timeout_seconds)
+                if not patient:
+                    break
         unsent = self._unsent()
         if unsent:
             waiting = sum(size_of(run.folder / READINGS_FILE) - run.sent.offset for run in unsent)
@@ -323,6 +339,7 @@ class Tracker:
             size = size_of(run.folder / READINGS_FILE)
             if courier.deliver(run.folder, run.wanted, run.sent):
                 run.bytes_seen = size
+                self._delivered += 1
                 continue
             failed.append(run)
             if len(failed) == 2:
@@ -351,7 +368,7 @@ class Courier:
         self._say = say
         self._client: Any = None
         self._experiment_id = ""
-        self._attached: set[str] = set()  # keys of runs that are known to be in the store
+        self._attached: dict[str, dict[str, int]] = {}  # by key of a run in the store: the last step it had of each metric
         self._is_down = False
         self._said: set[str] = set()
 
@@ -381,7 +398,7 @@ class Courier:
             self._attach(folder, wanted, sent)
         if sent.revision < wanted.revision:
             self._send_facts(folder, wanted, sent)
-        self._send_readings(folder, sent)
+        self._send_readings(folder, sent, self._attached[wanted.key])
         if sent.revision < wanted.revision:
             if wanted.ended is not None:
                 self._send_artifacts(folder, wanted, sent)
@@ -436,7 +453,14 @@ class Courier:
             run_id = same[0].info.run_id if same else self._create(folder, wanted)
             sent.become(Sent(address, wanted.key, self._experiment_id, run_id))
             self._keep(folder, sent)
-        self._attached.add(wanted.key)
+            if not same:
+                self._attached[wanted.key] = {}
+                return
+        self._attached[wanted.key] = self._last_steps(sent.run_id)
+
+    def _last_steps(self, run_id: str) -> dict[str, int]:
+        """How far the store has got with each metric of a run."""
+        return {metric.key: metric.step for metric in self._client.get_run(run_id).data.to_proto().metrics}
 
     def _is_active(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -491,12 +515,12 @@ class Courier:
         for some in _portions(all_tags, PARAMS_PER_BATCH):
             self._log(sent.run_id, tags=some)
 
-    def _send_readings(self, folder: Path, sent: Sent) -> None:
+    def _send_readings(self, folder: Path, sent: Sent, last_steps: Mapping[str, int]) -> None:
         path = folder / READINGS_FILE
-        if sent.offset > size_of(path):  # somebody began the file afresh
+        if not begins_line(path, sent.offset):  # it is not the file that was sent: power was cut
             sent.offset = 0
         while lines := whole_lines(path, sent.offset):
-            rows = [row for line in lines for row in self._rows(path, line)]
+            rows = [row for line in lines for row in self._rows(path, line) if row.step > last_steps.get(row.key, -1)]
             for some in _portions(rows, METRICS_PER_BATCH):
                 self._log(sent.run_id, metrics=some)
             sent.offset += sum(map(len, lines))
@@ -596,6 +620,8 @@ def replay(folders: Sequence[Path], say: Say = say_aloud) -> bool:
     if not runs:
         places = ", ".join(str(folder) for folder in folders)
         raise UserError(f"{places}: no {WANTED_FILE} there or below; give a run's folder or its output_dir")
+    if elsewhere := os.environ.get("MLFLOW_TRACKING_URI"):
+        say(f"sending to MLFLOW_TRACKING_URI, {without_password(elsewhere)}, wherever the runs have begun")
     couriers: dict[tuple[str, str, Path], Courier] = {}
     unsent = 0
     for folder, wanted in runs:
@@ -608,12 +634,14 @@ def replay(folders: Sequence[Path], say: Say = say_aloud) -> bool:
 
 
 def _uri_of(folder: Path, wanted: Wanted, output_dir: Path) -> str:
+    """The store to send to: MLFLOW_TRACKING_URI, else the one that the run began with, which may be gone."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return store_uri(None, output_dir)
     if wanted.uri is None:
         return _sqlite(output_dir / "mlflow.db")
-    here = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if "***" in wanted.uri and without_password(here) != wanted.uri:
+    if "***" in wanted.uri:
         raise UserError(f"{folder}: {wanted.uri} needs its password; set MLFLOW_TRACKING_URI to that address with it")
-    return here if "***" in wanted.uri else wanted.uri
+    return wanted.uri
 
 
 # --------------------------------------------------------------------------------------------- the UI
@@ -655,9 +683,11 @@ def ui_command(uri: str, port: int = 5000) -> str:
 
 
 def program_here(name: str) -> str:
-    """What to type for a program of this environment, which may not be activated."""
+    """What to type for a program of this environment, which may not be activated: then PATH does not name it, though
+    DeepSpeed's import puts it there for this process."""
     own = Path(sys.executable).with_name(name)
-    return str(_from_here(own)) if own.exists() and shutil.which(name) != str(own) else name
+    activated = sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix
+    return name if activated or not own.exists() else str(_from_here(own))
 
 
 def _from_here(path: Path) -> Path:
@@ -668,7 +698,9 @@ def _from_here(path: Path) -> Path:
 def main(words: Sequence[str] | None = None) -> int:
     """`python -m dstrain.tracking FOLDER ...`: sends what MLflow lacks. Exit status 0, 1 (store fails), 2 (mistake)."""
     parser = argparse.ArgumentParser(
-        prog="python -m dstrain.tracking", description="Send readings that a tracking store has not got yet."
+        prog="python -m dstrain.tracking",
+        description="Send readings that a tracking store has not got yet: the store that MLFLOW_TRACKING_URI names, "
+        "else that which each run began with.",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder, or one above several")
     try:

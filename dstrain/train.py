@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--resume",
         choices=("auto", "never"),
         default="auto",
-        help="auto goes on where the run folder is; never sets that folder aside and starts anew",
+        help="auto goes on where the run folder is; never sets that folder aside and starts anew (not when SLURM requeues)",
     )
     words.add_argument(
         "--accept-changed-data",
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PREFIX",
         help="show every setting (below PREFIX): path, default, unit, bounds, meaning",
     )
-    words.add_argument("--quiet", action="store_true", help="no progress lines")
+    words.add_argument("--quiet", action="store_true", help="only the outcome on standard output")
     words.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # habit of DeepSpeed scripts
     words.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by launchers
     return words
@@ -179,7 +179,8 @@ def _on_ranks(given: argparse.Namespace, document: Document, settings: RunSettin
     try:
         text, status = _summary(settings, _run(given, document, settings, ranks, lifeline), given.file), 0
     except Interrupted as asked:
-        text, status = f"{asked}; the same command goes on from there", SAVED_COME_BACK
+        anew = " without --resume never" if given.resume == "never" else ""
+        text, status = f"{asked}; the same command{anew} goes on from there", SAVED_COME_BACK
     except (Diverged, Unsaved) as error:
         text, status = str(error), 1
     except UserError:
@@ -205,7 +206,12 @@ def _run(
 
     with ranks.first() as mine:
         if mine:
-            _claim(settings, ranks, given.resume == "never", _silent if given.quiet else _say)
+            say = _say_aside if given.quiet else _say
+            anew = given.resume == "never"
+            if anew and _is_of_this_job(settings.folder):
+                say(f"{settings.folder}: was begun anew by this job, which SLURM has started again; it goes on")
+                anew = False
+            _claim(settings, ranks, anew, say)
     with _watching(settings, document, ranks.rank == 0, given.quiet) as watch:
         try:
             return run_patiently(settings, ranks, watch, given.accept_changed_data)
@@ -221,17 +227,44 @@ def _trace(rank: int, world: int) -> str:
     return (f"rank {rank} failed:\n" if world > 1 else "") + traceback.format_exc().rstrip()
 
 
+_JOB_FILE = "slurm-job"
+
+
+def _is_of_this_job(folder: Path) -> bool:
+    """Whether a run was begun by this very job: SLURM starts the same command again after a time limit, which is no wish to
+    start over once more."""
+    file = folder / _JOB_FILE
+    return file.exists() and file.read_text(encoding="utf-8") == os.environ.get("SLURM_JOB_ID")
+
+
 def _claim(settings: RunSettings, ranks: Ranks, anew: bool, say: Say) -> None:
-    """Makes the run folder once all that can be refused has been: a refused start leaves nothing and moves nothing."""
+    """Makes the run folder once all that can be refused has been: a refused start leaves nothing and moves nothing.
+
+    All text is tokenised here, where a signal still ends the process at once.
+    """
     from dstrain.precision import choose
-    from dstrain.run import claim, has_begun, make_ready, run_vocabulary, set_aside
+    from dstrain.run import (
+        claim,
+        has_begun,
+        make_ready,
+        own_vocabulary,
+        run_vocabulary,
+        set_aside,
+        stage_corpus,
+        write_whole,
+    )
 
     if anew or not has_begun(settings.folder):
         precision = choose(settings.precision, ranks.device)
         make_ready(settings, run_vocabulary(settings, say), precision, ranks, say)
+    elif (vocabulary := own_vocabulary(settings.folder)) and not (settings.folder / "outcome.json").exists():
+        for stage in settings.stages.values():
+            stage_corpus(stage, vocabulary, say)
     if anew:
         set_aside(settings.folder)
     claim(settings, say)
+    if anew and (job := os.environ.get("SLURM_JOB_ID")):
+        write_whole(settings.folder / _JOB_FILE, job)
 
 
 def _tell(rank: int, text: str, status: int) -> int:
@@ -268,20 +301,22 @@ class _watching:
         from dstrain.run import Watch
         from dstrain.stopping import stop_on_signals
 
-        stop = stop_on_signals("asked to stop: saving at the end of this step")
+        stop = stop_on_signals("asked to stop: saving at the end of this step or batch")
         if not self._speaks:
-            return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, stop.is_set)
+            return Watch(lambda reading: None, _silent, lambda tags: None, stop.is_set, stop.is_set)
         from dstrain.evidence import collect
         from dstrain.readings import Console, JsonLines, fan_out
         from dstrain.settings import ROOT, plain
 
+        say = _say_aside if self._quiet else _say
         for line in self._document.precedence:
-            _say(line)
+            say(line)
         settings = self._settings
         self._tracker = settings.tracking.open(settings.output_dir)
         self._run = self._tracker.run(settings.folder, settings.name, plain(settings), collect(ROOT).tags())
-        report = fan_out(JsonLines(settings.folder), Console(quiet=self._quiet))
-        return Watch(report, _silent if self._quiet else _say, self._run.tag, stop.is_set)
+        self._lines = JsonLines(settings.folder)
+        report = fan_out(self._lines, Console(quiet=self._quiet))
+        return Watch(report, say, self._run.tag, stop.is_set, stop.is_set)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not self._speaks:
@@ -289,6 +324,7 @@ class _watching:
         status, reason = ending(error)
         from dstrain.run import run_files
 
+        self._lines.close()
         self._run.finish(status, {"stop_reason": reason}, run_files(self._settings.folder))  # type: ignore[arg-type]
         self._tracker.close()
 
@@ -303,6 +339,11 @@ def ending(error: BaseException | None) -> tuple[str, str]:
 
 def _say(sentence: str) -> None:
     print(sentence, flush=True)
+
+
+def _say_aside(sentence: str) -> None:
+    """Leaves standard output to the outcome; what went wrong on the way is to be seen all the same."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def _silent(sentence: str) -> None:

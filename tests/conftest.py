@@ -157,7 +157,7 @@ class Told:
 
 def train_here(
     tree: dict[str, Any], ranks: Ranks, asked_to_stop: Callable[[], bool] = lambda: False, told: Told | None = None,
-    patiently: bool = False,
+    patiently: bool = False, told_to_stop: Callable[[], bool] = lambda: False,
 ) -> Told:  # fmt: skip
     """`claim` and `run` (or `run_patiently`) as the door calls them, readings.jsonl included; `told` is filled even when the
     run raises."""
@@ -170,6 +170,6 @@ def train_here(
     told = Told(settings) if told is None else told
     claim(settings, told.sentences.append)
     report = fan_out(JsonLines(settings.folder), told.readings.append)
-    watch = Watch(report, told.sentences.append, told.tags.update, asked_to_stop)
+    watch = Watch(report, told.sentences.append, told.tags.update, asked_to_stop, told_to_stop)
     told.outcome = (run_patiently if patiently else run)(settings, ranks, watch)
     return told

@@ -26,6 +26,7 @@ def relative(x, truth):
     return float((x - truth).norm() / truth.norm())
 
 
+@pytest.mark.slow
 def test_table_rows_and_picture_of_a_tiny_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ ARGUMENTS = ["--lengths", "32", "16", "--heads", "2", "--head-dim", "8", "--thre
 # ------------------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.slow
 def test_rows_picture_and_table_of_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ["--kinds", "favor:nb_features=4", "lsh:num_hashes=1,chunk_size=8"]
     files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.png")]
@@ -150,6 +151,7 @@ def test_a_length_that_a_peer_cannot_take_is_told(monkeypatch: pytest.MonkeyPatc
         check_peers(read_candidate("lsh").settings, [128, 192])
 
 
+@pytest.mark.slow
 def test_with_peers_our_rows_have_a_ratio_to_each(tmp_path: Path) -> None:
     if not all(importlib.util.find_spec(peer.module.split(".")[0]) for peer in PEERS[:2]):
         pytest.skip("the extra `peers` is not installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -17,7 +18,7 @@ from distributed.test_ranks import launch, write_run
 from test_engine import Layers, batches, equal, open_engine, step
 
 from dstrain import checkpoints as checkpoints_module
-from dstrain.checkpoints import Checkpoints, Keep, Unsaved, bytes_per_parameter, newest_whole, standing
+from dstrain.checkpoints import BEST_BYTES, Checkpoints, Keep, Unsaved, bytes_per_parameter, newest_whole, standing
 from dstrain.engine import Engine, Ranks
 from dstrain.loop import keep
 from dstrain.schema import UserError
@@ -117,6 +118,52 @@ def test_what_a_death_left_half_done_is_neither_used_nor_kept(engine: Engine, ra
     assert names(tmp_path) == ["step-00000040"] and newest_whole(tmp_path, print)
 
 
+def test_a_users_copies_are_neither_used_nor_removed(engine: Engine, ranks: Ranks, tmp_path: Path) -> None:
+    three(engine, tmp_path)
+    copies = ["copies.draft", "step-00000030.bak", "step-00000030 (copy)", "step-00000090.tar.gz", "step-", "step-latest"]
+    for name in copies:
+        shutil.copytree(tmp_path / "step-00000020", tmp_path / name)
+    said: list[str] = []
+    with Checkpoints(tmp_path, ranks, Keep(last=1), said.append) as checkpoints:
+        assert checkpoints.resume(engine) == {"step": 30}
+        checkpoints.save(engine, 40, 0, lambda: {"step": 40})
+        checkpoints.settle(needed=True)
+    assert said == [] and names(tmp_path) == sorted([*copies, "step-00000040"])
+
+
+def test_the_newest_is_that_of_the_largest_step(tmp_path: Path) -> None:
+    for name in ("step-00000120", "step-99999999", "step-100000000"):
+        (tmp_path / name).mkdir()
+    assert [place.name for place in standing(tmp_path)] == ["step-100000000", "step-99999999", "step-00000120"]
+
+
+def test_readings_are_on_disk_before_a_checkpoint_counts(
+    engine: Engine, ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of power must not leave a checkpoint of a step whose readings are gone: a resume computes them no more."""
+    folder = tmp_path / "stages/pretrain/checkpoints"
+    (tmp_path / "readings.jsonl").write_text("{}\n")
+    done: list[str] = []
+    real_sync, real_rename = os.fsync, os.rename
+
+    def sync(number: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        real_sync(number)
+
+    def rename(old: Path, new: Path) -> None:
+        done.append(f"-> {Path(new).name}")
+        real_rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", rename)
+    with Checkpoints(folder, ranks, Keep(), print) as checkpoints:
+        checkpoints.save(engine, 2, 0, dict)
+        checkpoints.settle(needed=True)
+        assert done.index("readings.jsonl") < done.index(tmp_path.name) < done.index("-> step-00000002")
+        done.clear()
+    assert done == ["readings.jsonl", tmp_path.name], "and again before the stage is said to be done"
+
+
 # ------------------------------------------------------------------------------------------------ what is kept
 
 
@@ -166,10 +213,20 @@ def test_what_a_checkpoint_takes_is_known_beforehand(plan: str, precision: str, 
     with Checkpoints(tmp_path, ranks, Keep(), print) as checkpoints:
         checkpoints.save(made, 1, 0, dict)
     parameters = sum(weight.numel() for name, weight in made.weights().items() if name != "kept")
+    keep(made, best := tmp_path / "best.safetensors")
     made.close()
     taken = sum(file.stat().st_size for file in tmp_path.rglob("*.pt"))
     wanted = parameters * bytes_per_parameter(int(plan[-1]), precision != "fp32")
     assert taken == pytest.approx(wanted, rel=0.02)
+    assert best.stat().st_size == pytest.approx(parameters * BEST_BYTES, rel=0.02)
+
+
+def test_the_forecast_counts_checkpoints_and_best_weights() -> None:
+    said = Keep(last=2, milestone_every=50).on_disk(1_000_000, 1, False, steps=100)
+    assert said == (
+        "checkpoints of 16.0 MB each, at most 6 at a time (2 last, the best, one being written, 2 milestones), and twice "
+        "4.0 MB for the best weights (kept, and being written): 104.0 MB"
+    )
 
 
 # ------------------------------------------------------------------------------------------ beside training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import pytest
 from conftest import tiny_run
 
 from dstrain.agenda import Agenda
-from dstrain.desk import DIED, Board, Desk
+from dstrain.desk import DIED, Board, Desk, catch_up
+from dstrain.ledger import WANTED_FILE, Wanted, read_record, write_record
 from dstrain.readings import JsonLines, Reading
+from dstrain.run import write_whole
 from dstrain.schema import dump_yaml
 from dstrain.search import Candidate, plan_search
 from dstrain.settings import read_document
+from dstrain.tracking import SENT_FILE, sent_of
 
 
-def opened(corpus: Path, folder: Path, **search: Any) -> Desk:
+def opened(corpus: Path, folder: Path, tracked: bool = False, **search: Any) -> Desk:
     tree = {
-        "base": tiny_run(corpus, folder / "runs", stages__pretrain=None),
+        "base": tiny_run(corpus, folder / "runs", stages__pretrain=None, tracking__enabled=tracked),
         "space": {"stages.finetune.optim.lr": [1e-3, 2e-3, 3e-3, 4e-3, 5e-3]},
         "search": {"metric": "finetune/valid/f1_macro", **search},
     }
@@ -76,6 +80,25 @@ def test_a_trial_without_a_word_is_failed_and_an_interrupted_one_has_not_ended(d
     assert {candidate.id for candidate in desk.search.pending()} == {
         candidate.id for candidate in desk.search.candidates
     }
+
+
+@pytest.mark.parametrize("left", ["outcome.json", "failure.txt"])
+def test_what_another_node_left_is_seen_though_its_name_was_absent_a_moment_ago(
+    desk: Desk, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An NFS client answers from memory when it is asked for a name; not when the folder is listed."""
+    there, absent = Path.exists, ("outcome.json", "failure.txt", "faults.jsonl")
+    monkeypatch.setattr(Path, "exists", lambda path: path.name not in absent and there(path))
+    with desk:
+        name, folder = first(desk).id, first(desk).folder
+        desk.started(name)
+        assert desk.reported(name, 0.5, 0.1)
+        write_failure(folder, "Diverged: loss is not a number")
+        (folder / "failure.txt").rename(folder / left)
+        first(desk).fault("its node was lost")
+        desk.ended(name, None)
+    assert first(desk).state == {"outcome.json": "finished", "failure.txt": "failed"}[left]
+    assert first(desk).faults() == ["its node was lost"]
 
 
 def test_a_new_attempt_forgets_the_old_failure(desk: Desk) -> None:
@@ -196,3 +219,82 @@ def test_a_trial_lost_before_it_began_is_put_back_only_where_the_agenda_rules(de
         assert not desk.lost(name)
         agenda = told_by(desk)
         assert agenda.next() is first(desk) and desk.lost(name) and agenda.next() is first(desk)
+
+
+# ------------------------------------------------------------------------------------------------ MLflow
+
+
+def report(candidate: Candidate, step: int) -> None:
+    JsonLines(candidate.folder)(Reading("finetune", "valid", step, 8, 100, 1.0, {"f1_macro": step / 10}))
+
+
+def played(desk: Desk) -> None:
+    """Of five trials two finish, one is stopped, one fails, and one is interrupted."""
+    with desk:
+        for candidate in desk.search.candidates:
+            desk.started(candidate.id)
+            report(candidate, 4)
+        one, two, three, four, _ = desk.search.candidates
+        for candidate in (one, two):
+            write_whole(candidate.folder / "outcome.json", "{}")
+        desk.stopped[three.id] = "behind"
+        write_failure(four.folder, "out of memory")
+        for candidate in (one, two, three, four):
+            desk.ended(candidate.id, None)
+        desk.close()
+
+
+def stored(desk: Desk) -> dict[str, tuple[str, list[int]]]:
+    """Status and steps of every run in the store, by name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{desk.search.base.output_dir / 'mlflow.db'}")
+    runs = client.search_runs(["1"])
+    metric = "finetune/valid/f1_macro"
+    return {
+        run.info.run_name: (run.info.status, [row.step for row in client.get_metric_history(run.info.run_id, metric)])
+        for run in runs
+    }
+
+
+def test_mlflow_gets_what_an_earlier_start_could_not_send(small_corpus: Path, tmp_path: Path) -> None:
+    """The driver was killed, or MLflow too slow: the next start sends it, how a trial ended included."""
+    desk = opened(small_corpus, tmp_path, tracked=True)
+    played(desk)
+    one, two, three, four, five = desk.search.candidates
+    statuses = dict(zip((one.id, two.id, three.id, four.id, five.id), ("FINISHED",) * 3 + ("FAILED", "KILLED"), strict=True))
+    assert stored(desk) == {"tiny": ("KILLED", [])} | {name: (status, [4]) for name, status in statuses.items()}
+    assert [candidate.ended() is not None for candidate in desk.search.candidates] == [True] * 4 + [False]
+
+    for candidate in (one, three, four, five):
+        report(candidate, 8)  # which nobody sends
+    ended = read_record(one.folder / WANTED_FILE, Wanted)
+    (three.folder / SENT_FILE).unlink()
+    before = read_record(two.folder / WANTED_FILE, Wanted)
+    assert ended and before
+    write_record(two.folder / WANTED_FILE, dataclasses.replace(before, revision=99, status="RUNNING", ended=None))
+    desk = Desk(plan_search(desk.search.document))
+    with desk:
+        desk.close()
+    found = stored(desk)
+    both = {one.id, three.id, four.id, five.id}
+    assert found == {"tiny": ("KILLED", [])} | {
+        name: (status, [4, 8] if name in both else [4]) for name, status in statuses.items()
+    }
+    after = read_record(one.folder / WANTED_FILE, Wanted)
+    assert after and (after.ended, after.params, after.artifacts) == (ended.ended, ended.params, ended.artifacts)
+
+
+def test_a_search_that_is_over_sends_what_is_left_and_then_nothing(small_corpus: Path, tmp_path: Path) -> None:
+    desk = opened(small_corpus, tmp_path, tracked=True)
+    played(desk)
+    for candidate in desk.search.candidates[3:]:
+        candidate.end("finished", "finished")
+    assert desk.search.is_over()
+    report(first(desk), 8)
+    catch_up(desk.search)
+    found = stored(desk)
+    assert found["tiny"] == ("FINISHED", []) and found[first(desk).id] == ("FINISHED", [4, 8])
+    revision = sent_of(desk.search.folder).revision
+    catch_up(desk.search)
+    assert sent_of(desk.search.folder).revision == revision and not Desk(desk.search).owes()

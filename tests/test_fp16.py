@@ -22,7 +22,7 @@ from dstrain.partitions import Whole, put_together
 from dstrain.precision import Precision, choose
 from dstrain.schema import UserError
 
-ZERO = ("zero1", "zero2", "zero3")
+ZERO = ("zero1", *(pytest.param(zero, marks=pytest.mark.slow) for zero in ("zero2", "zero3")))
 """At stage 0 fp16 is refused (docs/log.md)."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -220,7 +221,7 @@ def test_ranks_share_a_step_out_as_accumulation_does(small_corpus: Path, tmp_pat
                     int(split.lengths[piece.sequences_N].sum())
                     for piece in course.step(mine.step)[0].of_rank(course.step(mine.step)[2], 0, 1)
                 )
-                found[mine.step] |= {number: batch.ids_T for number, batch, _ in mine.batches}
+                found[mine.step] |= {piece.micro_batch: piece.batch.ids_T for piece in mine.batches}
         return found
 
     alone = shares(1)
@@ -228,6 +229,31 @@ def test_ranks_share_a_step_out_as_accumulation_does(small_corpus: Path, tmp_pat
         for one, other in zip(alone, shares(world), strict=True):
             assert one.keys() == other.keys() == set(range(4))
             assert all(torch.equal(one[number], other[number]) for number in one)
+
+
+def test_more_ranks_than_micro_batches_share_the_pieces(small_corpus: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """3 ranks take a step of 2 micro-batches, each cut in 3: together all of it, and the same gradient, dropout included."""
+    bench = Bench(tiny_run(small_corpus, tmp_path, stages__pretrain__accumulation=2), ranks, "pretrain")
+    split, objective, course, task = bench.ready.corpus.splits["train"], bench.ready.objective, bench.ready.course, bench.task
+    shared = Course(split.lengths, bench.stage, bench.settings.seed, group=2, cut=3)
+
+    def gradient(course: Course, world: int) -> tuple[dict[str, Tensor], float]:
+        task.zero_grad()
+        shares = [
+            next(prepared(course, split, objective, Ranks(rank, world, ranks.device, "test"), range(3, 4)))
+            for rank in range(world)
+        ]
+        assert {len(mine.batches) for mine in shares} == {2} and len({mine.tokens for mine in shares}) == 1
+        for piece in (piece for mine in shares for piece in mine.batches):
+            assert piece.counts
+            task.set_step(3, piece.micro_batch, piece.tokens, piece.sequences)
+            task(piece.batch)[0].backward()
+        return {name: p.grad.clone() for name, p in task.named_parameters()}, sum(mine.weight for mine in shares)
+
+    (one, terms), (three, same_terms) = gradient(course, 1), gradient(shared, 3)
+    assert terms == same_terms
+    for name, wanted in one.items():
+        torch.testing.assert_close(three[name], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_an_evaluation_can_be_repeated(small_corpus: Path, tmp_path: Path, ranks: Ranks) -> None:
@@ -250,7 +276,7 @@ def test_an_evaluation_can_be_repeated(small_corpus: Path, tmp_path: Path, ranks
 # ----------------------------------------------------------------------------------------------- habits of a stage
 
 
-@pytest.mark.parametrize("kind", ["sdpa", "favor", "lsh"])
+@pytest.mark.parametrize("kind", ["sdpa", pytest.param("favor", marks=pytest.mark.slow), "lsh"])
 def test_the_loss_falls_in_every_stage(kind: str, small_corpus: Path, tmp_path: Path, ranks: Ranks) -> None:
     lr = {f"stages__{stage}__optim__lr": 1e-2 for stage in ("pretrain", "finetune")}
     every = {f"stages__{stage}__report_every": 8 for stage in ("pretrain", "finetune")}
@@ -406,7 +432,8 @@ def test_an_absurd_learning_rate_diverges_once_skipping_does_not_help(
     with pytest.raises(Diverged, match=says):
         train_here(tree, ranks)
     told = [(reading.step, dict(reading.values)) for reading in read_readings(tmp_path / "tiny") if reading.split == "events"]
-    assert told == [(step, {"skipped_batches": step - 1.0}) for step in (2, 3, 4)], "the readings stand before the run ends"
+    skips = [(step, {"skipped_batches": step - 1.0}) for step in (2, 3, 4)]
+    assert told == [*skips, (5, {"given_up": 1.0})], "the readings stand before the run ends"
 
 
 @pytest.mark.parametrize("attention", [{"kind": "sdpa"}, {"kind": "favor", "nb_features": 8}, {"kind": "lsh"}])
@@ -581,6 +608,34 @@ def test_stopped_and_resumed_in_every_stage_and_precision(
         return resumable(small_corpus, tmp_path, zero, precision=precision, encoder__attention__kind=kind, **changes)
 
     check_resume(tree, ranks, [BETWEEN_REPORTS, AT_AN_EVALUATION, BEFORE_THE_THAW], last_weights)
+
+
+FAVOR = {"kind": "favor", "nb_features": 16, "redraw_interval": 2}
+
+
+@pytest.mark.parametrize("kind", [{"kind": "lsh"}, pytest.param(FAVOR, marks=pytest.mark.slow)])
+def test_stopped_within_an_evaluation_is_the_same_run(
+    kind: dict[str, Any], small_corpus: Path, tmp_path: Path, ranks: Ranks, last_weights: list[dict[str, Tensor]]
+) -> None:
+    """Before some batch of an evaluation, twice in the same one, and while the test split is read."""
+    tree = resumable(small_corpus, tmp_path, "zero1", stages__finetune__evaluate_every_steps=2) | {"name": "whole"}
+    tree["encoder"]["attention"] = kind
+    asked = StopAfter(1_000_000)
+    whole = train_here(tree, ranks, told_to_stop=asked)
+    wanted, batches = last_weights[-1], 1_000_000 - asked.left
+    for stops in ([0], [1, 0], [batches // 2], [batches - 1]):
+        cut, told = tree | {"name": f"cut_{stops[0]}"}, Told(whole.settings)
+        for stop in stops:
+            with pytest.raises(Interrupted, match=r"before its evaluation|the test split is yet to be read"):
+                train_here(cut, ranks, told=told, told_to_stop=StopAfter(stop))
+        asked = StopAfter(1_000_000)
+        with contextlib.suppress(Interrupted):  # where there is a step left; the evaluation that was made up for is not lost
+            train_here(cut, ranks, StopAfter(0), told=told)
+        resumed = train_here(cut, ranks, told=told, told_to_stop=asked)
+        assert same(last_weights[-1], wanted), f"stopped at {stops}"
+        assert lasting(resumed.settings.folder) == lasting(whole.settings.folder), f"stopped at {stops}"
+        assert len(told.readings) == len(whole.readings), "nothing is told twice"
+        assert resumed.outcome == whole.outcome
 
 
 def test_a_death_between_checkpoints_repeats_steps_without_a_trace(

@@ -164,6 +164,26 @@ def test_a_full_disk_is_said_once_and_every_line_arrives_when_there_is_room(
     assert len(said) == 1 and str(tmp_path / READINGS_FILE) in said[0] and "training goes on" in said[0]
 
 
+def test_the_end_of_a_run_is_the_last_attempt_and_what_is_lost_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    sink = JsonLines(tmp_path, said.append)
+    sink.close()
+    assert not (tmp_path / READINGS_FILE).exists() and said == [], "nothing was reported"
+    sink(reading(1))
+    real_write = os.write
+    monkeypatch.setattr(readings.os, "write", lambda file, data: real_write(file, data[:5]))
+    sink(reading(2))
+    sink(reading(3))
+    sink.close()
+    assert len(said) == 2 and "readings wait in memory" in said[0]
+    assert "cannot be written at the end either" in said[1] and "the 2 readings in memory are lost; make room" in said[1]
+    monkeypatch.setattr(readings.os, "write", real_write)
+    sink.close()
+    assert [r.step for r in read_readings(tmp_path)] == [1, 2, 3] and len(said) == 2
+
+
 def test_a_folder_that_cannot_be_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said: list[str] = []

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dstrain import run as run_module
 from dstrain.engine import Engine, Ranks
-from dstrain.loop import evaluate
+from dstrain.loop import Interrupted, evaluate
 from dstrain.model.encoder import Encoder
 from dstrain.objective import Task
 from dstrain.precision import choose
@@ -201,6 +201,8 @@ def test_a_forecast_is_what_happens(small_corpus: Path, tmp_path: Path, ranks: R
     tree = tiny_run(small_corpus, tmp_path, stages__pretrain__steps=None, stages__pretrain__epochs=2)
     settings = validate(RunSettings, tree, "test")
     pretrain, finetune = forecast(settings, 1, ranks.device, silent)
+    two_ranks = forecast(settings, 2, ranks.device, silent)[0]
+    assert pretrain.steps / 2 <= two_ranks.steps <= pretrain.steps / 2 + 1 and two_ranks.plan["train_batch_size"] == 2
     assert not settings.folder.exists()
     told = train_here(tree, ranks)
     totals = {reading.stage: reading.total_steps for reading in told.readings}
@@ -211,8 +213,7 @@ def test_a_forecast_is_what_happens(small_corpus: Path, tmp_path: Path, ranks: R
     assert str(pretrain.parameters) == told.tags["parameters"]
     assert pretrain.plan == json.loads((settings.folder / "ds_config.pretrain.json").read_text())
     assert any("longer than 64 tokens" in note for note in pretrain.notes)
-    two_ranks = forecast(settings, 2, ranks.device, silent)[0]
-    assert pretrain.steps / 2 <= two_ranks.steps <= pretrain.steps / 2 + 1 and two_ranks.plan["train_batch_size"] == 2
+    assert forecast(settings, 2, ranks.device, silent)[0].steps == pretrain.steps, "what has begun keeps its steps"
 
 
 def test_parameter_groups_hold_every_parameter_once(small_corpus: Path, tmp_path: Path, ranks: Ranks) -> None:
@@ -345,6 +346,46 @@ def test_a_folder_belongs_to_its_settings(small_corpus: Path, tmp_path: Path, ra
     assert "seed: 0 -> 7" in message and "stages.finetune.optim.lr: " in message and "\n" not in message
     assert message.endswith("give this one another name=..., or start over with --resume never")
     assert (tmp_path / "tiny/settings.yaml").read_text() == own
+
+
+def begun(corpus: Path, folder: Path, ranks: Ranks, **changes: Any) -> dict[str, Any]:
+    """A run that was asked to stop in its second stage."""
+    tree, left = tiny_run(corpus, folder, **changes), iter([False] * 7)
+    with pytest.raises(Interrupted):
+        train_here(tree, ranks, lambda: next(left, True))
+    return tree
+
+
+def test_a_run_goes_on_in_the_number_format_it_began_in(
+    small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to the device, it is the first device that decides."""
+    best = choose("bf16", ranks.device)
+    monkeypatch.setattr(run_module, "choose", lambda wanted, device: best if wanted == "auto" else choose(wanted, device))
+    tree = begun(small_corpus, tmp_path, ranks)
+    monkeypatch.undo()
+    told = train_here(tree, ranks)
+    assert told.tags["precision"] == "bf16: this run was begun in it"
+    tree = begun(small_corpus, tmp_path, ranks, name="other")
+    record = tmp_path / "other/ranks.json"
+    record.write_text(record.read_text().replace('"fp32"', '"fp16"'))
+    with pytest.raises(UserError, match=r"other: this run was begun in fp16, which the device here has not got; go on where"):
+        train_here(tree, ranks)
+
+
+def test_another_deepspeed_json_than_at_the_start_is_refused(small_corpus: Path, tmp_path: Path, ranks: Ranks) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"zero_optimization": {"stage": 1}}')
+    tree = begun(small_corpus, tmp_path, ranks, deepspeed=str(plan))
+    plan.write_text('{"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": "auto"}')
+    says = r"plan\.json: is not what .*tiny was begun with \(zero_optimization\.stage: 1 -> 2\); put it back"
+    with pytest.raises(UserError, match=says):
+        train_here(tree, ranks)
+    plan.write_text('{"zero_optimization": {"stage": 1}, "communication_data_type": "bf16"}')
+    with pytest.raises(UserError, match=r"\(communication_data_type: not there -> bf16\)"):
+        train_here(tree, ranks)
+    plan.write_text('{"zero_optimization": {"stage": 1}, "steps_per_print": "auto"}')
+    assert train_here(tree, ranks).outcome is not None
 
 
 def test_a_folder_without_a_stage_can_be_taken_over(small_corpus: Path, tmp_path: Path) -> None:

@@ -245,6 +245,51 @@ def test_a_claim_over_a_foreign_file_is_refused(plan: Plan, tmp_path: Path) -> N
         search.claim()
 
 
+OPEN = {"encoder.num_layers": [1, 2], "stages.finetune.optim.lr": {"log_uniform": [1e-4, 1e-2]}}
+TPE = {"sampler": "tpe", "trials": 4}
+
+
+def propose(search: Search) -> None:
+    """As a sampler does, twice."""
+    search.claim()
+    for layers, lr in ((1, 1e-3), (0, 2e-3)):
+        assert search.adopt({"encoder.num_layers": layers, "stages.finetune.optim.lr": lr})
+
+
+@pytest.mark.parametrize(
+    ("space", "constraints", "changed"),
+    [
+        ({**OPEN, "seed": [0, 1]}, [], "space.seed"),
+        ({**OPEN, "encoder.num_layers": [2]}, [], "space.encoder.num_layers"),
+        ({**OPEN, "encoder.num_layers": [2, 1]}, [], "space.encoder.num_layers"),
+        (OPEN, ["num_layers < 2"], "search.constraints"),
+        ({"seed": [0, 1]}, [], "space.encoder.num_layers, space.stages.finetune.optim.lr.log_uniform, space.seed"),
+    ],
+)
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_space_in_which_trials_were_proposed_stays_as_it_is(
+    plan: Plan, tmp_path: Path, sampler: str, space: dict[str, Any], constraints: list[str], changed: str
+) -> None:
+    propose(plan(TPE, OPEN))
+    kept = {file: file.read_bytes() for file in (tmp_path / "runs/tiny").iterdir()}
+    with pytest.raises(UserError) as error:
+        plan({**TPE, "sampler": sampler, "constraints": constraints}, space)
+    assert str(error.value) == (
+        f"{tmp_path}/runs/tiny: its 2 trials were proposed in another space (changed: {changed}; "
+        "search.yaml there has the old one); change it back, give this search another name=..., or move the folder away"
+    )
+    assert {file: file.read_bytes() for file in kept} == kept
+    assert plan({**TPE, "constraints": constraints}, space, name="other").candidates == []
+
+
+def test_proposed_trials_are_found_again_with_what_was_said_of_them(plan: Plan) -> None:
+    search = plan(TPE, OPEN)
+    propose(search)
+    again = plan({**TPE, "trials": 9}, dict(reversed(OPEN.items())))
+    assert [one.id for one in again.candidates] == [one.id for one in search.candidates]
+    assert again.words == search.words and set(again.words) == {one.id for one in search.candidates}
+
+
 # ----------------------------------------------------------------------------------------------------- rungs
 
 

@@ -18,11 +18,22 @@ from typing import Any
 import pytest
 
 from dstrain import tracking
-from dstrain.ledger import WANTED_FILE, Sent, Wanted, locked, read_record, size_of, whole_lines, write_record
+from dstrain.ledger import (
+    WANTED_FILE,
+    Sent,
+    Wanted,
+    begins_line,
+    locked,
+    read_record,
+    size_of,
+    whole_lines,
+    write_record,
+)
 from dstrain.readings import READINGS_FILE, JsonLines, Reading, read_readings
 from dstrain.schema import UserError
 from dstrain.tracking import (
     SENT_FILE,
+    Courier,
     TrackedRun,
     Tracker,
     TrackingSettings,
@@ -301,6 +312,32 @@ def test_readings_begun_afresh_are_sent_from_the_start(output_dir: Path) -> None
     assert [step for step, _ in history(output_dir, str(run.run_id), "tapt/train/loss")] == list(range(7))
 
 
+@pytest.mark.parametrize("seen", ["shorter", "grown again"])
+def test_steps_computed_again_after_a_power_cut_are_not_doubled(output_dir: Path, seen: str) -> None:
+    """The file has lost its end, which was sent: a resumed run computes those steps again, and writes other times."""
+    folder = output_dir / "a"
+    tracker = open_tracker(output_dir)
+    run = tracker.run(folder, "a", {}, {})
+    report(folder, range(8))
+    assert tracker.close(30)
+    path = folder / READINGS_FILE
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:5]))
+    if seen == "grown again":  # while the store was away
+        sink = JsonLines(folder)
+        for step in range(5, 12):
+            sink(Reading("tapt", "train", step, 100, step * 10, step * 0.5 + 0.0625, {"loss": 1 / (step + 1)}))
+    again = open_tracker(output_dir)
+    again.run(folder, "a", {}, {})
+    if seen == "shorter":
+        assert again.flush(30)
+        time.sleep(0.01)
+        report(folder, range(5, 12))
+    assert again.close(30)
+    rows = history(output_dir, str(run.run_id), "tapt/train/loss")
+    assert rows == [(step, 1 / (step + 1)) for step in range(12)]
+    assert [step for step, _ in history(output_dir, str(run.run_id), "tapt/train/seconds")] == [*range(12)]
+
+
 def test_tags_after_the_end_still_arrive(output_dir: Path) -> None:
     tracker = open_tracker(output_dir)
     run = tracker.run(output_dir / "a", "a", {}, {})
@@ -358,6 +395,22 @@ def test_close_waits_no_longer_than_it_was_told(tmp_path: Path, said: list[str],
     assert not tracker.close(0.5)
     assert time.perf_counter() - start < 3.0
     assert "send them later" in said[-1]
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_close_is_patient_while_runs_get_through(
+    tmp_path: Path, schema: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, patient: bool
+) -> None:
+    shutil.copy(schema, tmp_path / "mlflow.db")
+    tracker = open_tracker(tmp_path, said)
+    tracker.run(tmp_path / "first", "first", {}, {})
+    assert tracker.flush(60)  # it has imported mlflow
+    deliver = Courier.deliver
+    monkeypatch.setattr(Courier, "deliver", lambda *given: time.sleep(0.5) or deliver(*given))
+    for name in "abcde":
+        tracker.run(tmp_path / name, name, {}, {}).finish("FINISHED")
+    assert tracker.close(2, patient=patient) == patient
+    assert any("send them later" in sentence for sentence in said) != patient
 
 
 def test_a_store_that_comes_back_gets_everything_once(tmp_path: Path, schema: Path, said: list[str]) -> None:
@@ -427,6 +480,33 @@ def test_a_store_lost_between_two_runs_is_filled_by_the_replay_command(
     (found,) = all_runs(output_dir)
     assert found.info.status == "FAILED" and found.data.params == {"lr": "1"} and found.data.tags["t"] == "u"
     assert [file.path for file in client(output_dir).list_artifacts(found.info.run_id)] == [READINGS_FILE]
+
+
+def test_the_replay_command_sends_to_another_store_when_told(
+    output_dir: Path, tmp_path: Path, schema: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server of a job that has ended will never come back."""
+    gone = f"http://me:hunter2@127.0.0.1:{closed_port()}"
+    tracker = open_tracker(output_dir, [], gone)
+    search = tracker.run(output_dir / "s", "search", {}, {})
+    run = tracker.run(output_dir / "s/a", "a", {"lr": 1}, {}, search)
+    report(run.folder, range(30))
+    run.finish("FINISHED")
+    assert not tracker.close(30)
+    assert main([str(output_dir)]) == 2 and "needs its password" in capsys.readouterr().err
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(schema, other / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}/mlflow.db")
+    assert main([str(output_dir)]) == 0
+    told = f"dstrain: sending to MLFLOW_TRACKING_URI, sqlite:///{other}/mlflow.db, wherever the runs have begun\n"
+    assert capsys.readouterr() == ("", told + "dstrain: 2 of 2 runs are wholly in MLflow\n")
+    assert_every_reading_once(other, run.folder)
+    parent = sent_of(output_dir / "s").run_id
+    assert client(other).get_run(sent_of(run.folder).run_id).data.tags["mlflow.parentRunId"] == parent
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "MLFLOW_TRACKING_URI" in capsys.readouterr().out
 
 
 def test_one_run_the_store_will_not_have_does_not_keep_back_the_others(
@@ -657,6 +737,12 @@ def test_whole_lines_come_in_portions_from_an_offset(tmp_path: Path, monkeypatch
     assert size_of(path) == offset + 4 and size_of(tmp_path / "missing") == 0
 
 
+def test_where_a_line_begins(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"ab\ncd")
+    assert [begins_line(tmp_path / "f", offset) for offset in range(8)] == [True, False, False, True] + 4 * [False]
+    assert begins_line(tmp_path / "none", 0) and not begins_line(tmp_path / "none", 1)
+
+
 def test_a_lock_keeps_another_process_out(tmp_path: Path) -> None:
     lock = str(tmp_path / "lock")
     program = f"from pathlib import Path; from dstrain.ledger import locked\nwith locked(Path({lock!r})): print('in')"
@@ -697,3 +783,16 @@ def test_a_death_while_the_tables_are_made_costs_nothing(tmp_path: Path) -> None
     tracker.run(tmp_path / "first", "first", {}, {}).finish("FINISHED", {}, [])
     assert tracker.close(120)
     assert sent_of(tmp_path / "first").run_id
+
+
+def test_a_program_is_named_so_that_it_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its path where the environment is not activated, whatever this process has put on its own PATH."""
+    home = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(home))
+    monkeypatch.setattr(sys, "base_prefix", "elsewhere")
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    monkeypatch.chdir(home.parent)
+    assert tracking.program_here("python") == f"{home.name}/python"
+    assert tracking.program_here("no-such-program") == "no-such-program"
+    monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)
+    assert tracking.program_here("python") == "python"

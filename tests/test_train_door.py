@@ -384,6 +384,31 @@ def test_starting_anew_sets_the_old_folder_aside(write: Write, tmp_path: Path) -
     assert seeds == {"tiny": 3, "tiny.before-1": 1, "tiny.before-2": 2}
 
 
+def test_a_job_that_slurm_starts_again_does_not_start_over(
+    write: Write, answer: Callable[..., Answer], staged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--resume never` is for the first start: the requeued one has the very same command line."""
+
+    def play(settings: RunSettings, ranks: Ranks, watch: Watch, accept_changed_data: bool) -> Outcome:
+        (settings.folder / "stages/finetune/checkpoints/step-00000001").mkdir(parents=True, exist_ok=True)
+        raise Interrupted("saved")
+
+    staged(play)
+    never = ("--quiet", "--resume", "never")
+    said = "saved; the same command without --resume never goes on from there\n"
+    assert answer(write(), *never)[::2] == (75, said)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # it was asked to stop before it had begun, as its first start tokenised
+    assert answer(write(), *never)[0] == 75
+    assert sorted(folder.name for folder in (tmp_path / "runs").glob("tiny*")) == ["tiny", "tiny.before-1"]
+    status, _, err = answer(write(), *never)
+    assert status == 75 and "was begun anew by this job, which SLURM has started again; it goes on" in err
+    assert sorted(folder.name for folder in (tmp_path / "runs").glob("tiny*")) == ["tiny", "tiny.before-1"]
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert answer(write(), *never)[0] == 75
+    assert len([*(tmp_path / "runs").glob("tiny*")]) == 3
+
+
 @pytest.mark.parametrize("anew", [False, True])
 def test_a_refusal_neither_makes_nor_moves_a_folder(write: Write, tmp_path: Path, anew: bool) -> None:
     if anew:
@@ -444,8 +469,8 @@ def test_quiet_leaves_the_outcome_alone(write: Write, answer: Callable[..., Answ
         return Outcome({"finetune": "finished"}, {"finetune": None}, {})
 
     staged(play)
-    status, out, _ = answer(write(), "--quiet")
-    assert status == 0
+    status, out, err = answer(write(), "--quiet", "seed=4")
+    assert (status, err) == (0, "seed = 4 (command line)\nfp32: on a CPU\n"), "what a run has to say is said, progress is not"
     assert [line.partition(":")[0] for line in out.splitlines()] == ["finetune", "run folder"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """\
 import inspect, sys
 from dstrain import engine
@@ -39,6 +41,7 @@ assert config.__spec__.origin == config.__file__ and config.cache_size_limit
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_is_loaded_when_somebody_compiles_and_no_sooner() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

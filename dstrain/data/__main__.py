@@ -1,6 +1,8 @@
-"""Door: makes ready, where there is internet, all the text that a run or a search will read where there is none.
+"""Door: makes ready, where there is internet, all the text that a run or a search will read where there is none, and shows
+the documents of which a run speaks by their numbers.
 
     python -m dstrain.data prepare FILE.yaml [key=value ...]
+    python -m dstrain.data show runs/NAME/settings.yaml STAGE NUMBER ...
 
 A door lies above all layers, so this file may import what the rest of dstrain.data may not.
 """
@@ -26,9 +28,10 @@ _EPILOG = """\
 examples
   python -m dstrain.data prepare search_spaces/lsh.yaml --gpu
   python -m dstrain.data prepare my.yaml stages.finetune.corpus.path=my_data/
+  python -m dstrain.data show runs/my-run/settings.yaml finetune 17 42
 
-Downloads, trains vocabularies and tokenises into $DSTRAIN_CACHE (by default ~/.cache/dstrain), which the nodes must see.
-What is there already is left as it is. Give the same FILE.yaml and key=value as the run will get.
+prepare downloads, trains vocabularies and tokenises into $DSTRAIN_CACHE (by default ~/.cache/dstrain), which the nodes must
+see. What is there already is left as it is. Give the same FILE.yaml and key=value as the run will get.
 
 exit status
   0 all is ready   2 a mistake in the settings or the data   75 interrupted: the same command goes on
@@ -41,9 +44,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m dstrain.data", description="Make text ready before a run or a search on nodes without internet.",
         epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    words.add_argument("task", choices=("prepare",), help="download, build vocabularies, tokenise")
+    words.add_argument("task", choices=("prepare", "show"), help="make all text ready; print training documents by number")
     words.add_argument("file", type=Path, metavar="FILE.yaml", help="settings of a run or a search")
-    words.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    words.add_argument(
+        "words", nargs="*", metavar="key=value", help="settings that win over the file's; for show: STAGE NUMBER ..."
+    )
     words.add_argument(
         "--gpu", action="store_true", help="read the file's `when` as nodes with a GPU will, though this machine has none"
     )
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dstrain.schema import UserError
 
     try:
-        return _prepare(given)
+        return (_prepare if given.task == "prepare" else _show)(given)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -69,10 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(given: argparse.Namespace) -> int:
     import torch
 
-    from dstrain.settings import read_document
+    from dstrain.settings import load_search, read_document
 
     gpu = given.gpu or torch.cuda.is_available()
-    document = read_document(given.file, given.overrides, gpu, given.full_size)
+    document = read_document(given.file, given.words, gpu, given.full_size)
+    if gpu and document.search is not None and load_search(document).resources.gpus == 0:  # its trials see none
+        document = read_document(given.file, given.words, False, given.full_size)
     for line in document.precedence:
         print(line)
     if any(line.endswith("(when.no_gpu)") for line in document.precedence):
@@ -87,6 +94,30 @@ def _prepare(given: argparse.Namespace) -> int:
         print(_described(corpus, max_length))
     print("ready" if done else "everything was there already")
     print("\n".join(_for_the_nodes()))
+    return 0
+
+
+def _show(given: argparse.Namespace) -> int:
+    import numpy as np
+
+    from dstrain.run import own_vocabulary, run_vocabulary, stage_corpus
+    from dstrain.schema import UserError, did_you_mean
+    from dstrain.settings import load_run
+
+    settings = load_run(given.file)
+    name, *numbers = given.words or [""]
+    if name not in settings.stages:
+        raise UserError(f"show {given.file} STAGE NUMBER ...: no stage {name!r}{did_you_mean(name, settings.stages)}")
+    vocabulary = own_vocabulary(settings.folder) or run_vocabulary(settings, print)
+    corpus = stage_corpus(settings.stages[name], vocabulary, print)
+    split = corpus.splits["train"]
+    for number in numbers:
+        if not number.isdecimal() or int(number) >= split.num_documents:
+            raise UserError(f"document {number}: {name} has the training documents 0 to {split.num_documents - 1}")
+        rows = np.flatnonzero(split.document == int(number))
+        label = f", {corpus.label_names[split.labels[rows[0]]]}" if split.labels is not None else ""
+        print(f"document {number} of {corpus.title} ({split.lengths[rows].sum()} tokens in {len(rows)} sequence(s){label}):")
+        print(vocabulary.decode(split.gather(rows)))
     return 0
 
 

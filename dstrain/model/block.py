@@ -18,7 +18,7 @@ from dstrain.model.attention import AttentionSettings
 from dstrain.model.attention.draws import generator
 from dstrain.model.attention.sdpa import SdpaSettings
 from dstrain.model.positions import Rotation, rotate
-from dstrain.packed import Sequences
+from dstrain.packed import Rows, Sequences
 from dstrain.schema import Settings, setting
 
 
@@ -46,14 +46,16 @@ def initialise(root: nn.Module, seed: int, std: float) -> None:
 class Dropout(nn.Module):
     """Dropout whose mask depends on nothing but (seed, place in the model, optimizer step, micro-batch).
 
-    Neither the number of ranks nor what ran before has a say, and activation checkpointing, which runs the forward a
-    second time, finds the same mask again. The rate is rounded to a multiple of 2^-16, and what is kept is scaled for it.
+    Neither the number of ranks nor what ran before has a say, activation checkpointing, which runs the forward a second
+    time, finds the same mask again, and a piece of a micro-batch drops what the whole would drop there. The rate is rounded
+    to a multiple of 2^-16, and what is kept is scaled for it.
     """
 
     def __init__(self, rate: float, seed: int, place: str):
         super().__init__()
         self.rate, self.seed, self.place = rate, seed, place
         self.step = self.micro_batch = 0
+        self.rows: Rows | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` with a share `rate` of it set to 0 and the rest divided by 1 - rate; `x` itself in eval()."""
@@ -62,14 +64,15 @@ class Dropout(nn.Module):
         seed = generator("dropout", self.seed, self.place, self.step, self.micro_batch).initial_seed()
         here = torch.Generator(x.device).manual_seed(seed)
         chances = min(round(self.rate * _CHANCES), _CHANCES - 1)
-        dropped = _draw(x.shape, here) < chances - _CHANCES // 2
+        first, of = self.rows or Rows(0, len(x))
+        dropped = _draw((of, *x.shape[1:]), here)[first : first + len(x)] < chances - _CHANCES // 2
         return x.masked_fill(dropped, 0.0).mul_(_CHANCES / (_CHANCES - chances))
 
 
 _CHANCES = 1 << 16
 
 
-def _draw(shape: torch.Size, here: torch.Generator) -> Tensor:
+def _draw(shape: tuple[int, ...], here: torch.Generator) -> Tensor:
     """int16, each value equally likely: a generator's word makes four of them, and `bernoulli_` would take one each."""
     count = math.prod(shape)
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=here.device)
@@ -77,15 +80,15 @@ def _draw(shape: torch.Size, here: torch.Generator) -> Tensor:
     return words.view(torch.int16)[:count].view(shape)
 
 
-def set_dropout_step(root: nn.Module, step: int, micro_batch: int) -> None:
+def set_dropout_step(root: nn.Module, step: int, micro_batch: int, rows: Rows | None = None) -> None:
     """Tells every dropout below `root` where training stands.
 
     `step` is the run-wide optimizer step and `micro_batch` the number of the micro-batch among all those of that step,
-    over all ranks: then 1 rank with 2 accumulations and 2 ranks with 1 drop the same entries.
+    over all ranks: then 1 rank with 2 accumulations and 2 ranks with 1 drop the same entries. `rows` are those of a piece.
     """
     for module in root.modules():
         if isinstance(module, Dropout):
-            module.step, module.micro_batch = step, micro_batch
+            module.step, module.micro_batch, module.rows = step, micro_batch, rows
 
 
 class BlockSettings(Settings):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dstrain.model.block import Block, BlockSettings, Dropout, initialise, set_dropout_step
 from dstrain.model.positions import PositionSettings, RopePositions, Rotation
-from dstrain.packed import Batch, Sequences
+from dstrain.packed import Batch, Rows, Sequences
 from dstrain.schema import setting
 
 
@@ -135,13 +135,13 @@ class Encoder(nn.Module):
             return checkpoint(block, hidden_TE, sequences, rotation, use_reentrant=False, preserve_rng_state=False)
         return block(hidden_TE, sequences, rotation)
 
-    def set_step(self, step: int, micro_batch: int = 0) -> None:
+    def set_step(self, step: int, micro_batch: int = 0, tokens: Rows | None = None) -> None:
         """Called before each training micro-batch: what is random in it depends on these two numbers and the seed.
 
         `step` is the run-wide optimizer step; `micro_batch` the number of the micro-batch among all those of that step
-        over all ranks (`EpochPlan.of_rank` tells it).
+        over all ranks (`EpochPlan.of_rank` tells it); `tokens` are those of a piece, None is all of it.
         """
-        set_dropout_step(self, step, micro_batch)
+        set_dropout_step(self, step, micro_batch, tokens)
         for block in self._layers:
             block.attention.set_step(step)
 

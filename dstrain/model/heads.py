@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dstrain.model.block import Dropout, Linear, initialise, set_dropout_step
-from dstrain.packed import Sequences
+from dstrain.packed import Rows, Sequences
 
 Pooling = Literal["cls", "mean", "max", "min"]
 Pooler = Literal["bert", "roberta", "none"]
@@ -143,6 +143,6 @@ class ClassificationHead(nn.Module):
             pooled_NE = torch.tanh(self.dense(pooled_NE))
         return self.classifier(self.dropout(pooled_NE)).float()
 
-    def set_step(self, step: int, micro_batch: int = 0) -> None:
+    def set_step(self, step: int, micro_batch: int = 0, sequences: Rows | None = None) -> None:
         """As `Encoder.set_step`."""
-        set_dropout_step(self, step, micro_batch)
+        set_dropout_step(self, step, micro_batch, sequences)

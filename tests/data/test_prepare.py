@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import tiny_run
 
@@ -173,6 +174,7 @@ def test_ctrl_c_says_how_to_go_on(write: Any, prepare: Any, monkeypatch: pytest.
     assert prepare(write())[::2] == (75, ["interrupted; the same command goes on"])
 
 
+@pytest.mark.slow
 def test_as_a_command_it_answers(write: Any, cache: Path) -> None:
     def command(*words: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -186,3 +188,25 @@ def test_as_a_command_it_answers(write: Any, cache: Path) -> None:
     assert command("prepare", "nowhere.yaml").returncode == 2
     assert "Traceback" not in command("prepare", "nowhere.yaml").stderr
     assert command("prepair", "f.yaml").returncode == 2 and "prepare" in command("--help").stdout
+
+
+def test_show_prints_documents_by_number(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a run's messages count them: a document's windows end to end, with its label."""
+    file = write()
+    assert door.main(["show", str(file), "finetune", "0", "3"]) == 0
+    out = capsys.readouterr().out
+    settings = load_run(file)
+    split = stage_corpus(settings.stages["finetune"], run_vocabulary(settings, print), print).splits["train"]
+    rows = np.flatnonzero(split.document == 3)
+    assert "document 0 of " in out and "document 3 of " in out
+    assert f"({split.lengths[rows].sum()} tokens in {len(rows)} sequence(s), " in out
+    assert out.count("[CLS]") >= 2
+    for words, said in (
+        (["fine", "0"], "no stage 'fine'; did you mean finetune?"),
+        ([], "show "),
+        (["finetune", "100000"], "document 100000: finetune has the training documents 0 to "),
+    ):
+        assert door.main(["show", str(file), *words]) == 2
+        assert said in capsys.readouterr().err

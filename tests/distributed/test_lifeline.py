@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +21,7 @@ from conftest import ROOT
 from test_ranks import BIN, LAUNCHED, _environ, write_run
 
 from dstrain.engine import free_port
+from dstrain.lifeline import Lifeline
 
 VICTIM = """\
 import os, signal, sys, time
@@ -27,14 +33,14 @@ def die():
     {death}
 
 learn = healing.Attempt.learn
-def dying(self, number, piece):
+def dying(self, *given):
     global taken
     taken += 1
     if rank == {rank} and taken == 4:
         die()
     if rank != {rank} and {busy} and taken == 4:
         time.sleep(120)
-    return learn(self, number, piece)
+    return learn(self, *given)
 healing.Attempt.learn = dying
 from dstrain.train import main
 status = main()
@@ -127,3 +133,175 @@ def test_a_rank_that_waits_for_no_other_is_ended_too(small_corpus: Path, tmp_pat
     seconds, status, said = run_until_death(tmp_path, run, "nobody", "killed", 1, busy=True)
     assert seconds < 30 and status != 0, said
     assert said.count("rank 0 ends: rank 1 was lost; its own error stands above or in its log") == 1, said
+
+
+PATIENT = """\
+import os, sys, time
+sys.path.insert(0, {root!r})
+from dstrain.engine import join_ranks, leave_ranks
+ranks = join_ranks(timeout_minutes={minutes})
+print("joined", flush=True)
+with ranks.first() as mine:
+    if mine:
+        time.sleep({seconds})
+print("waited", flush=True)
+leave_ranks()
+"""
+
+
+def two_ranks(script: Path) -> list[subprocess.Popen[str]]:
+    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_what_the_first_one_does_longer_than_for_each_other(tmp_path: Path) -> None:
+    """As where it has more text to tokenise than anybody would wait for a rank that does not come."""
+    script = tmp_path / "patient.py"
+    script.write_text(PATIENT.format(root=str(ROOT), minutes=0.4, seconds=30))
+    for process in two_ranks(script):
+        assert process.communicate(timeout=120)[0] == "joined\nwaited\n" and process.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_dies_is_missed_at_once_by_one_that_would_wait_for_a_day(tmp_path: Path, dies: int) -> None:
+    script = tmp_path / "dying.py"
+    code = PATIENT.format(root=str(ROOT), minutes=2, seconds=3)
+    script.write_text(code.replace("with ranks", f"if ranks.rank == {dies}:\n    time.sleep(3), os._exit(7)\nwith ranks"))
+    processes = two_ranks(script)
+    assert processes[dies].wait(120) == 7
+    died = time.monotonic()
+    said = processes[1 - dies].communicate(timeout=60)[0]
+    assert time.monotonic() - died < 15 and processes[1 - dies].returncode, said
+    processes[dies].communicate()
+
+
+# ------------------------------------------------------------------------------------------------ machines that vanish
+
+
+@dataclass
+class Threads:
+    """Ranks that are threads of this process."""
+
+    world: int
+    rank: int = 0
+    said: dict[int, Any] = field(default_factory=dict)
+    meeting: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        """As `Ranks.gather`."""
+        self.said[self.rank] = value
+        self.meeting.wait()
+        found = [self.said[rank] for rank in range(self.world)]
+        self.meeting.wait()
+        return found
+
+    def agree(self, value: Any) -> Any:
+        """As `Ranks.agree`."""
+        return self.gather(value)[0]
+
+
+def test_the_kernel_asks_after_the_other_side_on_every_link() -> None:
+    said, meeting = dict[int, Any](), threading.Barrier(3)
+    lines: dict[int, Lifeline] = {}
+
+    def tie(rank: int) -> None:
+        lines[rank] = Lifeline(Threads(3, rank, said, meeting))  # type: ignore[arg-type]
+
+    ties = [threading.Thread(target=tie, args=(rank,)) for rank in range(3)]
+    for one in ties:
+        one.start()
+    for one in ties:
+        one.join(30)
+    links = [link for line in lines.values() for link in line._links.values()]
+    assert len(links) == 4, "two at the first rank, one at each other"
+    for link in links:
+        assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        tcp = [getattr(socket, f"TCP_{name}") for name in ("KEEPIDLE", "KEEPINTVL", "KEEPCNT", "USER_TIMEOUT")]
+        idle, interval, count, unanswered = (link.getsockopt(socket.IPPROTO_TCP, option) for option in tcp)
+        assert idle + interval * count <= 20 and unanswered <= 20_000
+    for line in lines.values():
+        line.leave()
+
+
+ALONE = """\
+import json, os, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from dstrain import lifeline
+folder, lifeline.GRACE_SECONDS = Path({folder!r}), 0.0
+
+class Machines:
+    rank, world = int(sys.argv[1]), 2
+
+    def gather(self, value):
+        return ["n0", "n1"]
+
+    def agree(self, value):
+        file = folder / "agreed"
+        if self.rank == 0:
+            file.with_suffix(".draft").write_text(json.dumps(value))
+            file.with_suffix(".draft").rename(file)
+        while not file.exists():
+            time.sleep(0.05)
+        return json.loads(file.read_text())
+
+sys.stdin.readline()
+tied = lifeline.Lifeline(Machines(), lambda status: os._exit(10 + tied.lost))
+print("tied", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.slow
+def test_a_machine_that_vanishes_is_missed_within_half_a_minute(tmp_path: Path) -> None:
+    """Two ranks in network spaces of their own, and a cable that is cut: no connection is closed, nobody is told."""
+    if os.geteuid() or not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
+        pytest.skip("network spaces need root, iproute2 and util-linux")
+    script = tmp_path / "rank.py"
+    script.write_text(ALONE.format(root=str(ROOT), folder=str(tmp_path)))
+    ranks = [
+        subprocess.Popen(
+            ["unshare", "--net", sys.executable, str(script), str(rank)], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "MASTER_ADDR": "10.99.0.1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        own = os.readlink("/proc/self/ns/net")
+        while any(os.readlink(f"/proc/{process.pid}/ns/net") == own for process in ranks):
+            time.sleep(0.05)
+
+        def on(rank: int, words: str) -> None:
+            subprocess.run(["nsenter", "-t", str(ranks[rank].pid), "-n", "ip", *words.split()], check=True)
+
+        first, second = (process.pid for process in ranks)
+        cable = f"ip link add eth0 netns {first} type veth peer name eth0 netns {second}"
+        made = subprocess.run(cable.split(), capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"no cable: {made.stderr.strip()}")
+        for rank in range(2):
+            on(rank, f"addr add 10.99.0.{rank + 1}/24 dev eth0")
+            on(rank, "link set eth0 up")
+        for process in ranks:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        assert [process.stdout.readline() for process in ranks if process.stdout] == ["tied\n"] * 2
+        for rank in range(2):  # what is sent goes to a machine that there is not
+            on(rank, f"neigh replace 10.99.0.{2 - rank} lladdr 02:00:00:00:00:99 dev eth0 nud permanent")
+        cut = time.monotonic()
+        assert [process.wait(40) for process in ranks] == [11, 10], "each has missed the other"
+        assert 5 < time.monotonic() - cut < 30
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import sqlite3
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks.faults import ATTENTION, Configuration, Difference, Fault, Harness, harness, tables
+from benchmarks.faults import ATTENTION, Configuration, Difference, Ended, Fault, Harness, harness, tables
 from benchmarks.faults_compare import compare_readings, compare_tensors, compare_tracking
 from dstrain.readings import Reading, to_line
 
@@ -42,9 +43,28 @@ def test_a_start_that_ends_in_another_way_than_it_should_is_a_difference(made: H
     assert undisturbed.events["step"] == 3 * 6 * 2 * 2, "stages x steps x micro-batches, before and after each"
     fault = Fault("step", "sigkill", 1, 0)
     with pytest.raises(Difference, match="status"):
-        made._judge(PLAIN, fault, replace(undisturbed, statuses=[1], struck={"stage": "mlm"}), [])
+        made._judge(PLAIN, fault, replace(undisturbed, statuses=[1], struck={"stage": "mlm", "at": 0.0, "spare": 0}), [])
     with pytest.raises(Difference, match="status"):
         made._judge(PLAIN, None, replace(undisturbed, statuses=[75]), [])
+
+
+@pytest.mark.parametrize(("later", "spare", "wrong"), [(0, 0, False), (1, 0, True), (1, 1, False), (2, 1, True)])
+def test_a_wish_to_stop_that_nobody_hears_is_a_difference(made: Harness, later: int, spare: int, wrong: bool) -> None:
+    """A start may finish when it was asked in its last step, not when it takes another one."""
+    struck = {"stage": "classify", "moment": "step", "at": 10.0, "spare": spare}
+    ended = Ended([0], struck, "classify", 1.0, "", begun=[8.0, 9.0, *[11.0] * later])
+    fault = Fault("step", "sigterm", 1, 0)
+    with pytest.raises(Difference, match="'75'") if wrong else contextlib.nullcontext():
+        made._judge(PLAIN, fault, ended, [])
+    made._judge(PLAIN, fault, replace(ended, statuses=[75]), [])
+    made._judge(PLAIN, None, replace(ended, struck=None), [])
+
+
+def test_a_start_that_is_asked_takes_no_further_step(made: Harness) -> None:
+    made._begin(folder := made._folder / "asked", PLAIN)
+    ended = made._launcher.run(folder, PLAIN, Fault("step", "sigterm", 5, 0))
+    assert ended.statuses == [75] and ended.struck and not ended.went_on, ended.log
+    assert len(ended.begun) == 2 and ended.begun[1] < ended.struck["at"], "of two micro-batches each, with two events"
 
 
 @pytest.mark.slow

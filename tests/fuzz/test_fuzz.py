@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from benchmarks.fuzz import Finding, Tally, check, fuzz, grounds
-from benchmarks.fuzz_cases import CASES, DATA_CSV, RUN_FILE, Case, _dumped, small_run, small_search
+from benchmarks.fuzz import Finding, Starts, Tally, check, fuzz, grounds, is_started, real_starts, table
+from benchmarks.fuzz_cases import CASES, DATA_CSV, RUN_FILE, Case, _dumped, plans, small_run, small_search
 from dstrain import train
 from dstrain.schema import UserError
 
@@ -123,3 +126,66 @@ def test_a_defect_is_made_small_and_told_once(monkeypatch: pytest.MonkeyPatch) -
 def test_what_a_file_holds_cannot_write_on_the_terminal(text: str) -> None:
     assert str(UserError(f"{text}: wrong\nsecond line")).replace("\n", "").isprintable()
     assert str(UserError("é 日本 'quoted'\nsecond")) == "é 日本 'quoted'\nsecond"
+
+
+# ---------------------------------------------------------------------------------------------------- real starts
+
+
+class Acting:
+    """In place of the process that forks real starts: one that ends at once, as it is told."""
+
+    def __init__(self, status: int, said: str, steps: int = 1) -> None:
+        self._status, self._said, self._steps = status, said, steps
+
+    def start(self, environ: dict[str, str], folder: Path, words: list[str], log: Path) -> int:
+        """Leaves what a start would leave."""
+        assert words[-2:] == ["output_dir=runs", "tracking.enabled=false"]
+        log.write_text(self._said)
+        notes = Path(environ["DSTRAIN_FAULT_OUT"])
+        (notes / "events.rank0.json").write_text(json.dumps({"begun": [1.0] * self._steps}))
+        return 1
+
+    def status(self, process: int) -> int:
+        """It has ended."""
+        return self._status
+
+
+@pytest.mark.parametrize(
+    ("acting", "outcome"),
+    [
+        (Acting(75, "pretrain step 1/3\n"), "ran"),
+        (Acting(0, ""), "ran"),
+        (Acting(2, "plan.json: offload: no such device; leave it out\n"), "answered"),
+        (Acting(1, "step 1\npretrain: loss is not a number at step 1: lower stages.pretrain.optim.lr\n"), "answered"),
+        (Acting(0, "", steps=0), None),
+        (Acting(1, "Traceback (most recent call last):\nKeyError: 'lr'\n"), None),
+        (Acting(-11, ""), None),
+    ],
+)
+def test_what_is_accepted_is_started_too(acting: Any, outcome: str | None) -> None:
+    case = replace(case_of(), kind="deepspeed")
+    if outcome is None:
+        with pytest.raises(Finding):
+            check(case, Starts(acting))
+    else:
+        assert check(case, Starts(acting)) == outcome
+
+
+def test_of_other_kinds_few_are_started_and_no_large_ones() -> None:
+    cases = [case_of(name=f"run{number}") for number in range(300)]
+    assert 15 <= sum(is_started(case, "pretrain  1,234 parameters") for case in cases) <= 50
+    assert not any(is_started(replace(case, kind="deepspeed"), "110,000,000 parameters") for case in cases)
+    tally = Tally(Counter({("data", "accepted"): 3, ("data", "ran"): 2, ("data", "refused"): 5}))
+    assert table(tally, ["data"]).split()[-7:] == ["data", "5", "2", "2", "0", "5", "0"]
+
+
+@pytest.mark.slow
+def test_every_deepspeed_file_takes_a_step() -> None:
+    """The shipped ones and Hugging Face's without its optimizer, through the real door, each up to its first step."""
+    with real_starts() as starts:
+        for plan in plans():
+            plan = {key: value for key, value in plan.items() if key not in ("optimizer", "scheduler")}
+            case = case_of()
+            files = {**case.files, "plan.json": json.dumps(plan).encode()}
+            words = ("--deepspeed_config", "plan.json")
+            assert check(replace(case, kind="deepspeed", files=files, words=words), starts) in ("ran", "refused")

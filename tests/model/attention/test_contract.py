@@ -243,6 +243,7 @@ distributed.destroy_process_group()
 LENGTHS_OF_RANKS = [40, 9, 70, 13]
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_does(tmp_path):
     def on_ranks(world):
         port, file = str(free_port()), tmp_path / f"{world}.pt"
