@@ -75,15 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _search(given: argparse.Namespace, words: Sequence[str]) -> int:
     import torch
 
+    from dstrain.desk import catch_up
     from dstrain.preparation import prepare, remember
-    from dstrain.search import plan_search
-    from dstrain.settings import read_document
     from dstrain.stopping import SAVED_COME_BACK
     from dstrain.tracking import program_here
-    from dstrain.tune.resources import Needs, Room
+    from dstrain.tune.resources import Room
 
-    search = plan_search(read_document(given.file, given.overrides, torch.cuda.is_available(), given.full_size))
-    needs = Needs.of(search.settings.resources, torch.cuda.is_available())
+    search, needs = _plan(given, torch.cuda.is_available())
     for line in (*search.document.precedence, *search.notes):
         print(line)
     if given.dry_run:
@@ -96,6 +94,7 @@ def _search(given: argparse.Namespace, words: Sequence[str]) -> int:
     over = search.is_over()
     if over:
         print(f"{search.folder}: all {len(search.candidates)} trials have ended")
+        catch_up(search)
     interrupted = not over and _run(search, needs, records)
     close(search, in_haste=interrupted)
     if interrupted:
@@ -103,6 +102,17 @@ def _search(given: argparse.Namespace, words: Sequence[str]) -> int:
         print(f"interrupted, and saved; go on with: {again}", file=sys.stderr)
         return SAVED_COME_BACK
     return int(any(candidate.state == "failed" for candidate in search.everyone()))
+
+
+def _plan(given: argparse.Namespace, gpu: bool) -> tuple[Search, Needs]:
+    """The search and what a trial takes. One whose trials take no GPU is planned as on a machine that has none."""
+    from dstrain.search import plan_search
+    from dstrain.settings import read_document
+    from dstrain.tune.resources import Needs
+
+    search = plan_search(read_document(given.file, given.overrides, gpu, given.full_size))
+    needs = Needs.of(search.settings.resources, gpu)
+    return _plan(given, gpu=False) if gpu and not needs.gpus else (search, needs)
 
 
 def _run(search: Search, needs: Needs, records: Records) -> bool:

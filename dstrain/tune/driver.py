@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,15 +22,15 @@ from dstrain.desk import DIED, Desk
 from dstrain.preparation import Records, texts_of
 from dstrain.rungs import HyperbandSettings, PbtSettings
 from dstrain.search import Candidate, Search
-from dstrain.settings import plain
+from dstrain.settings import SearchSettings, plain
 from dstrain.tune.bell import BELL, Bell
 from dstrain.tune.proposals import learn
 from dstrain.tune.resources import Needs, Room
 from dstrain.tune.schedulers import RungScheduler, Unpickled, mutable, name_of, ray_scheduler
 from dstrain.tune.trial import own_faults, trial
 
-ROOM_SECONDS = 5.0
-"""So old may be what the driver believes of the cluster's room."""
+ROOM_SECONDS, REMINDER_SECONDS = 5.0, 600.0
+"""So old may be what the driver believes of the cluster's room; so often it says that there is none."""
 NODE_PATIENCE = 8
 """So many more deaths of a trial's actor than of its own processes: for half a minute after its end Ray takes a node for
 alive, and starts trials there that die at once."""
@@ -38,6 +39,8 @@ CALM_SHARE, LONGEST_CALM_SECONDS = 0.02, 1.0
 which so comes to an end at most so much later."""
 CARRIED = ("DSTRAIN_", "HF_", "NCCL_", "GLOO_", "OMP_", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR")
 """Variables of the driver that every rank gets."""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""What a rank gets whose trial takes no GPU: Ray, as `ray_cluster` starts it, hides none from who asked for none."""
 
 
 class Driver:
@@ -47,6 +50,7 @@ class Driver:
         """`stop` is set from outside to have every trial save and the search end; `records` are what `prepare` returned."""
         self._search, self._needs, self._stop, self._records = search, needs, stop, records or {}
         self._grace_steps, _ = search.clock()
+        self._vacancies = Vacancies(search.settings, needs)
 
     def run(self) -> bool:
         """True when the search was interrupted before all trials ended."""
@@ -67,21 +71,9 @@ class Driver:
 
     def _by_agenda(self, desk: Desk, bell: Any, trials: list[Candidate]) -> None:
         propose = learn(self._search) if self._search.space is not None else None
-        agenda = Agenda(self._search, desk.rungs, self._fits(), desk.dismissed, trials, propose)
+        agenda = Agenda(self._search, desk.rungs, self._vacancies, desk.dismissed, trials, propose)
         desk.agenda = agenda
         self._fit(desk, bell, RungScheduler(desk), search_alg=Asking(agenda, self._plan, self._stop))
-
-    def _fits(self) -> Callable[[], int]:
-        """How many trials fit, asked of the cluster now and then."""
-        seen = [-ROOM_SECONDS, 0]
-
-        def fits() -> int:
-            if time.monotonic() - seen[0] > ROOM_SECONDS:
-                room = Room.of_cluster().concurrent(self._needs, self._search.settings.max_concurrent)
-                seen[:] = [time.monotonic(), room]
-            return int(seen[1])
-
-        return fits
 
     def _fit(self, desk: Desk, bell: Any, scheduler: Any, search_alg: Any = None, param_space: Any = None) -> None:
         search, grid = self._search, search_alg is None
@@ -97,7 +89,7 @@ class Driver:
             ),
             run_config=tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"), storage_path=str((search.folder / "ray").resolve()), verbose=0,
-                callbacks=[Events(desk, bell, self._stop)], stop=Until(desk, self._stop),
+                callbacks=[Events(desk, bell, self._stop, self._vacancies)], stop=Until(desk, self._stop),
                 failure_config=tune.FailureConfig(max_failures=search.settings.max_failures + NODE_PATIENCE),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=4),  # only PBT hands Tune any
             ),
@@ -122,20 +114,57 @@ class Driver:
             "faults_allowed": own_faults(candidate.folder) + search.settings.max_failures,  # anew with every start
             "on_same_seats": not isinstance(search.settings.scheduler, (HyperbandSettings, PbtSettings)),
             "silence_seconds": 60 * search.settings.silence_minutes,
-            "environ": {name: value for name, value in os.environ.items() if _carried(name)},
+            "environ": {**_carried(os.environ), **({} if self._needs.gpus else NO_GPU)},
         }
         exchanging = isinstance(search.settings.scheduler, PbtSettings)
         return {**plan, "mutable": mutable(search, candidate)} if exchanging else plan
 
 
-def _carried(name: str) -> bool:
-    """Whether a variable goes with every rank; no secret does, since Tune writes what trials are given to disk."""
-    return name.startswith(CARRIED) and "TOKEN" not in name
+def _carried(environ: Mapping[str, str]) -> dict[str, str]:
+    """What goes with every rank; no secret does, since Tune writes what trials are given to disk."""
+    return {name: value for name, value in environ.items() if name.startswith(CARRIED) and "TOKEN" not in name}
 
 
 def _folder_name(trial: Any) -> str:
     """A folder of Tune's own for each start: a trial that waited on a rung starts more than once."""
     return f"{name_of(trial)}-{trial.trial_id}"
+
+
+class Vacancies:
+    """How many trials fit, asked of the cluster now and then, and what is to be said while none does."""
+
+    def __init__(self, settings: SearchSettings, needs: Needs) -> None:
+        self._settings, self._needs = settings, needs
+        self._room, self._asked = Room(()), -math.inf
+        self._empty_since: float | None = None
+        self._reminded = 0.0
+
+    def __call__(self) -> int:
+        """How many trials fit."""
+        if time.monotonic() - self._asked > ROOM_SECONDS:
+            self._asked, self._room = time.monotonic(), Room.of_cluster()
+        return self._room.concurrent(self._needs, self._settings.max_concurrent)
+
+    def look(self, say: Callable[[str], None]) -> bool:
+        """Says now and then that no trial fits any more, as when a node was lost; whether that lasts too long to wait on."""
+        now, minutes = time.monotonic(), self._settings.silence_minutes
+        if self():
+            if self._empty_since is not None:
+                say("a trial fits again")
+            self._empty_since = None
+            return False
+        if self._empty_since is None:
+            self._empty_since, self._reminded = now, -math.inf
+        if now - self._empty_since > 60 * minutes:
+            say(f"no trial has fitted for {minutes:g} minutes (search.silence_minutes); the search ends for now")
+            return True
+        if now - self._reminded > REMINDER_SECONDS:
+            self._reminded = now
+            say(
+                f"no trial fits any more: {self._needs.describe()}, and the cluster has {self._room.describe()}; "
+                f"waiting {minutes:g} minutes for a node to come back (search.silence_minutes)"
+            )
+        return False
 
 
 # ------------------------------------------------------------------------------------------- Tune's hooks
@@ -188,8 +217,8 @@ class Until(Unpickled, Stopper):
 class Events(Unpickled, Callback):
     """Tune's events, told to the desk; when the search is asked to stop, the bell rings."""
 
-    def __init__(self, desk: Desk, bell: Any, stop: threading.Event) -> None:
-        self._desk, self._bell, self._stop = desk, bell, stop
+    def __init__(self, desk: Desk, bell: Any, stop: threading.Event, vacancies: Vacancies) -> None:
+        self._desk, self._bell, self._stop, self._vacancies = desk, bell, stop, vacancies
         self._rung = False
         self._paused: set[str] = set()
         self._failed: set[str] = set()
@@ -217,6 +246,8 @@ class Events(Unpickled, Callback):
         self._paused = set(paused)
         if self._rung:
             self._desk.idle = not any(trial.status == "RUNNING" for trial in trials)
+        elif self._vacancies.look(self._desk.say):
+            self._stop.set()
         else:
             calm = CALM_SHARE * (time.monotonic() - self._happened)
             self._stop.wait(min(calm, LONGEST_CALM_SECONDS))

@@ -26,20 +26,23 @@ def learn(search: Search) -> Propose:
             domains[axis.key] = tune.randint(int(axis.low), int(axis.high) + 1)
         else:
             domains[axis.key] = (tune.loguniform if axis.kind == "log_uniform" else tune.uniform)(axis.low, axis.high)
-    earlier = zip(search.proposed(), search.candidates, strict=True)
-    known = [(said, value) for said, candidate in earlier if (value := search.row(candidate).value) is not None]
-    optuna = OptunaSearch(
-        space=domains, metric="value", mode=search.settings.mode, seed=search.settings.seed,
-        points_to_evaluate=[said for said, _ in known] or None, evaluated_rewards=[value for _, value in known] or None,
-    )  # fmt: skip
+    optuna = OptunaSearch(space=domains, metric="value", mode=search.settings.mode, seed=search.settings.seed)
     asked: dict[str, str] = {}
+    told: set[str] = set()
 
     def tell() -> None:
         for candidate in search.candidates:
-            if candidate.id in asked and candidate.ended():
+            if candidate.id not in told and (ended := candidate.ended()):
                 value = search.row(candidate).value
-                result = None if value is None else {"value": value}
-                optuna.on_trial_complete(asked.pop(candidate.id), result, error=result is None)
+                if candidate.id in asked:
+                    optuna.on_trial_complete(
+                        asked[candidate.id], None if value is None else {"value": value}, error=value is None
+                    )
+                elif ended.state != "failed" and value is not None:
+                    optuna.add_evaluated_point(search.words[candidate.id], value)
+                else:
+                    continue  # it failed in an earlier start, and is tried again
+                told.add(candidate.id)
 
     def propose() -> Candidate | None:
         tell()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from dstrain.readings import Reading
+    from dstrain.readings import JsonLines, Reading
     from dstrain.run import Watch
     from dstrain.settings import RunSettings
 
@@ -123,6 +123,7 @@ class Rank:
     def __init__(self, line: Connection) -> None:
         self._line = line
         self._due: list[list[float]] = []
+        self._lines: JsonLines | None = None
         self._decided = threading.Event()
         self._stop = threading.Event()
         self._speaking = threading.Lock()
@@ -163,6 +164,9 @@ class Rank:
             self._hand_over()
         except Interrupted:
             pass  # what was asked for
+        finally:
+            if self._lines is not None:
+                self._lines.close()
         ranks.barrier()
         leave_ranks()
 
@@ -171,7 +175,8 @@ class Rank:
         from dstrain.run import Watch
 
         if rank:
-            return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, self._stop.is_set, True)
+            stop = self._stop.is_set
+            return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, stop, stop, True)
         log = (folder / "train.log").open("a", buffering=1, encoding="utf-8")
 
         def say(sentence: str) -> None:
@@ -179,8 +184,9 @@ class Rank:
                 print(sentence, file=log)
             self._say({})
 
-        report = fan_out(JsonLines(folder), lambda reading: self._note(reading, metric))
-        return Watch(report, say, lambda tags: write_tags(folder, tags), self._asked_to_stop, True)
+        self._lines = JsonLines(folder)
+        report = fan_out(self._lines, lambda reading: self._note(reading, metric))
+        return Watch(report, say, lambda tags: write_tags(folder, tags), self._asked_to_stop, self._stop.is_set, True)
 
     def _note(self, reading: Reading, metric: str) -> None:
         """Keeps the deciding metric for the next boundary; any reading is a sign of life."""

@@ -6,7 +6,6 @@ outlive a process lies in the run folder, so a trial that is started again goes 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import tempfile
@@ -233,11 +232,9 @@ class _exchanged:
 def own_faults(folder: Path) -> int:
     """The deaths so far that were the trial's own; those of its actor, which goes with its node, Tune counts."""
     from dstrain.desk import DIED
-    from dstrain.search import FAULTS_FILE
+    from dstrain.search import read_faults
 
-    file = folder / FAULTS_FILE
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return sum(json.loads(line)["reason"] != DIED for line in lines)
+    return sum(reason != DIED for reason in read_faults(folder))
 
 
 def reason_of(error: BaseException) -> str:

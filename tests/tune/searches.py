@@ -6,6 +6,8 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,5 +47,32 @@ def our_processes() -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             marked = process.environ().get("DSTRAIN_TEST") == MARK["DSTRAIN_TEST"]
             if marked and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def begin(file: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A search in the background, in a process group of its own as a terminal would start it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dstrain.tune", str(file), *overrides],
+        cwd=ROOT, env=os.environ | MARK, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(what: Callable[[], object], searching: subprocess.Popen[str] | None, seconds: float = 240) -> None:
+    """Until something has happened; a search that ends before is a failure."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert searching is None or searching.poll() is None, searching and searching.communicate()[0]
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+def ranks_of(trial: str) -> list[psutil.Process]:
+    """The rank processes of a trial: those that hold its log open."""
+    found = []
+    for process in our_processes():
+        with contextlib.suppress(psutil.Error):
+            if any(f"/{trial}/train.log" in file.path for file in process.open_files()):
                 found.append(process)
     return found

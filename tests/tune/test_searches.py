@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from searches import MARK, our_processes, search_file, tune
+from searches import MARK, begin, our_processes, ranks_of, search_file, tune, wait_for
 
 from dstrain.desk import DIED
 from dstrain.exchange import settings_now
@@ -33,6 +32,21 @@ def test_dry_run_trains_nothing(small_corpus: Path, tmp_path: Path, capsys: pyte
     said = capsys.readouterr().out
     assert "2 trials, " in said and "lr=0.001" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_search_without_gpus_is_planned_as_on_a_machine_that_has_none(
+    small_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = search_file(small_corpus, tmp_path, {"seed": [0, 1]})
+    file.write_text(file.read_text() + "when:\n  no_gpu: {encoder.num_layers: 1}\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main([str(file), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "each takes 1 rank(s) of 4 CPU(s) and 1 GPU(s)" in said and "no_gpu" not in said
+    assert main([str(file), "--dry-run", "search.resources.gpus=0"]) == 0
+    said = capsys.readouterr().out
+    assert "each takes 1 rank(s) of 1 CPU(s)\n" in said and "encoder.num_layers = 1 (when.no_gpu)" in said
 
 
 def test_a_mistake_is_one_sentence(small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,23 +89,6 @@ def test_a_search_to_its_end_and_again(small_corpus: Path, tmp_path: Path) -> No
     more = tune(wider, "search.resources.ranks=2", "search.resources.cpus=1")
     assert "2 of 6 trials to run" in more.stdout
     assert len(client.search_runs([parent.info.experiment_id])) == 7
-
-
-def begin(file: Path, *overrides: str) -> subprocess.Popen[str]:
-    """A search in the background, in a process group of its own as a terminal would start it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "dstrain.tune", str(file), *overrides],
-        cwd=ROOT, env=os.environ | MARK, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-
-
-def wait_for(what: Callable[[], object], searching: subprocess.Popen[str], seconds: float = 240) -> None:
-    """Until something has happened; a search that ends before is a failure."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert searching.poll() is None, searching.communicate()[0]
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 def weights_of(trials: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -145,16 +142,6 @@ def ids(file: Path) -> list[str]:
     return [candidate.id for candidate in plan_search(read_document(file)).candidates]
 
 
-def ranks_of(trial: str) -> list[psutil.Process]:
-    """The rank processes of a trial: those that hold its log open."""
-    found = []
-    for process in our_processes():
-        with contextlib.suppress(psutil.Error):
-            if any(f"/{trial}/train.log" in file.path for file in process.open_files()):
-                found.append(process)
-    return found
-
-
 def to_its_end(searching: subprocess.Popen[str], trials: Path, slots: int) -> str:
     """What a search says until it ends. All the while nothing trains ten seconds after its trial's end, whatever the end,
     and whoever waits on a rung has no process either: there are never more for long than there are slots."""
@@ -167,7 +154,44 @@ def to_its_end(searching: subprocess.Popen[str], trials: Path, slots: int) -> st
             fitted = time.monotonic()
         assert time.monotonic() - fitted < 10
         time.sleep(1)
-    return searching.communicate(timeout=60)[0]
+    said = searching.communicate(timeout=60)[0]
+    assert psutil.wait_procs(our_processes(), timeout=10)[1] == []
+    return said
+
+
+@pytest.mark.slow
+def test_nothing_of_a_trial_that_was_stopped_or_diverged_is_left(small_corpus: Path, tmp_path: Path) -> None:
+    """One slot, in which a hopeless learning rate falls behind on its rung and an absurd one breaks before."""
+    file = search_file(
+        small_corpus, tmp_path, {"stages.finetune.optim.lr": [1e-3, 3e-3, 1e-9, 1e30, 2e-3]}, stages__finetune__steps=16,
+        stages__finetune__evaluate_every_steps=8,
+    )  # fmt: skip
+    options = ("search.metric=finetune/valid/loss", "search.mode=min", "search.scheduler={kind: asha, rungs: [0.5]}")
+    searching = begin(file, *options, "search.max_concurrent=1")
+    said = to_its_end(searching, tmp_path / "runs" / "tiny" / "trials", slots=1)
+    assert searching.returncode == 1, said
+    _, _, behind, broken, last = plan_search(read_document(file, options)).candidates
+    assert behind.ended() and behind.state == "stopped" and "stopped at rung 0.50" in said
+    assert broken.state == "failed" and "failed: Diverged: " in said and broken.faults() == []
+    assert last.ended()
+
+
+@pytest.mark.slow
+def test_zero_stages_and_precisions_may_be_searched(small_corpus: Path, tmp_path: Path) -> None:
+    """Two ranks a trial, on the CPU: every combination trains to its end, in what it was told to."""
+    space = {"deepspeed": ["ds_configs/zero1.json", "ds_configs/zero3.json"], "precision": ["bf16", "fp32"]}
+    file = search_file(small_corpus, tmp_path, space, stages__finetune__evaluate_every_steps=8)
+    options = ("search.resources.ranks=2", "search.resources.cpus=2", "search.resources.gpus=0", "search.scheduler.kind=none")
+    done = tune(file, *options)
+    candidates = plan_search(read_document(file, options)).candidates
+    assert [one.state for one in candidates] == ["finished"] * 4, done.stdout
+    for candidate in candidates:
+        tags = json.loads((candidate.folder / "tags.json").read_text())
+        assert tags["precision"].startswith(candidate.settings.precision) and tags["world_size"] == "2"
+        (plan,) = candidate.folder.glob("ds_config.*.json")
+        stage = json.loads(plan.read_text())["zero_optimization"]["stage"]
+        assert f"zero{stage}.json" in str(candidate.settings.deepspeed)
+        assert {reading.split for reading in candidate.readings()} >= {"train", "valid"}
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from conftest import ROOT, tiny_run
 from safetensors.torch import load_file
 
 from dstrain.engine import free_port
+from dstrain.tune.driver import NO_GPU
 from dstrain.tune.seat import Seat
 from dstrain.tune.trial import Fault, Hopeless, _check, reason_of
 
@@ -71,6 +72,13 @@ def test_a_run_waits_for_the_word_after_every_reading_of_the_metric(
     assert (tmp_path / "tiny" / "outcome.json").exists()
     assert (tmp_path / "tiny" / "tags.json").exists()
     assert seat.end("one") and seat.child is None
+
+
+def test_what_the_driver_says_wins_over_what_the_node_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    seat = Seat(NO_GPU)
+    assert psutil.Process(seat._nursery.pid).environ()["CUDA_VISIBLE_DEVICES"] == ""
+    seat.close()
 
 
 def test_runs_that_follow_each_other_are_processes_of_their_own_and_do_not_differ(
