@@ -9,7 +9,8 @@ through small files in FOLDER, which all of them must see. Every node prints one
 Nothing that is not ours is touched: no `ray stop`, no default port, no default folder, no address "auto". All that this
 process starts, and all that is orphaned below it, is killed when it ends.
 
-    FOLDER/stop.ATTEMPT      made by the batch script on SIGUSR1: COMMAND gets SIGUSR1, saves and exits with 75
+    FOLDER/stop.ATTEMPT      made by the batch script on SIGUSR1: COMMAND gets SIGUSR1, saves and exits with 75;
+                             where it has not begun, it does not begin, and 75 is what is said for it
     FOLDER/status.ATTEMPT    COMMAND's exit status, whatever srun makes of it
 """
 
@@ -21,6 +22,7 @@ import ctypes
 import importlib.util
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -37,6 +39,8 @@ POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
 REJOINS = 3
 HEADS = 3
+DATABASE = "runs/mlflow.db"  # where nobody names another
+REVIVE_SECONDS = 30.0  # an MLflow server that cannot live dies no more often than this
 OBJECT_STORE_BYTES = 100_000_000  # trials hand Ray a few numbers; weights and text go through files
 LONGEST_TMP = 30  # characters; Ray adds 70 to a socket's path, and the kernel takes 107
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -116,8 +120,8 @@ class Share:
         """Reads SLURM's variables and this process's CPUs, whichever is less."""
         bound = len(os.sched_getaffinity(0))
         cpus = min(bound, int(environ.get("SLURM_CPUS_ON_NODE", bound)))
-        visible = environ.get("SLURM_STEP_GPUS") or environ.get("CUDA_VISIBLE_DEVICES") or ""
-        gpus = int(environ.get("SLURM_GPUS_ON_NODE") or len(visible.split(",") if visible else []))
+        listed = environ.get("SLURM_STEP_GPUS", "")  # not CUDA_VISIBLE_DEVICES: it may be of the shell that submitted
+        gpus = int(environ.get("SLURM_GPUS_ON_NODE") or len(listed.split(",") if listed else []))
         per_cpu = int(environ.get("SLURM_MEM_PER_CPU", "0")) * cpus
         return cls(cpus, gpus, int(environ.get("SLURM_MEM_PER_NODE", "0")) or per_cpu or None)
 
@@ -169,13 +173,23 @@ def answers(address: str) -> bool:
 
 
 def start(words: Sequence[str], environ: Mapping[str, str], log: Path | None = None) -> subprocess.Popen[bytes]:
-    """Starts a program that is told to end when this process ends, however that ends."""
+    """Starts a program that is told to end when this process ends, however that ends.
+
+    One with a log of its own serves in the background, deaf to SIGUSR1 as we are. Any other hears it from its first moment:
+    it would be lost before the program has a handler, and the program would go on as if nobody had asked.
+    """
     libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if log is None:
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
     with contextlib.ExitStack() as files:
         out = files.enter_context(open(log, "ab")) if log else None
         return subprocess.Popen(
             words, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=log is not None,
-            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+            preexec_fn=prepare,
         )  # fmt: skip
 
 
@@ -234,6 +248,62 @@ def private_folder(attempt: Attempt) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# --------------------------------------------------------------------------------------------------------- MLflow
+
+
+class MlflowServer:
+    """A tracking server on this node's loopback while the job runs, on a database that outlives it."""
+
+    def __init__(self, attempt: Attempt, environ: Mapping[str, str], database: str) -> None:
+        """`database` is the path of a SQLite file, or the address of any database that MLflow takes."""
+        self._attempt = attempt
+        self._is_file = "://" not in database
+        file = Path(database if self._is_file else DATABASE).absolute()  # of an address only the folder counts
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._store = f"sqlite:///{file}" if self._is_file else database
+        # Files go to the shared disk directly, where they are found as well when no server runs.
+        self._artifacts = (file.parent / "mlflow-artifacts").as_uri()
+        self._environ = {
+            **environ,
+            "MLFLOW_BACKEND_STORE_URI": self._store,  # on the command line anybody could read its password
+            # Its job runner for language models is four more processes, with files in /dev/shm that a kill leaves there.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
+        self._port = free_port("127.0.0.1", 40_000 + int(attempt.job) % 20_000)  # after a requeue mostly the same
+        self.address = f"127.0.0.1:{self._port}"
+        self._start()
+
+    def _start(self) -> None:
+        words = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port), "--workers", "1",
+            "--no-serve-artifacts", "--default-artifact-root", self._artifacts,
+        ]  # fmt: skip
+        self._process, self._started = start(words, self._environ, self._attempt.path("mlflow")), time.monotonic()
+
+    def has_died(self) -> bool:
+        """Whether its process is gone."""
+        return self._process.poll() is not None
+
+    def revive(self) -> None:
+        """Starts one that has died again, on the same port. Readings wait in the run folders meanwhile."""
+        if self.has_died() and time.monotonic() - self._started > REVIVE_SECONDS:
+            self._attempt.say("MLflow's server has died; starting it again, readings wait in the run folders")
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # what is left of it may hold the port
+            self._start()
+
+    def end(self) -> None:
+        """Ends it."""
+        self._process.terminate()
+        ended_within(self._process, GRACE_SECONDS)
+
+    def successor(self) -> str:
+        """The command that shows the same pages at the same address once this server is gone."""
+        program = Path(sys.executable).with_name("mlflow")
+        store = shlex.quote(self._store) if self._is_file else '"$MLFLOW_DB"'  # which may have a password in it
+        return f"{program} ui --backend-store-uri {store} --host 127.0.0.1 --port {self._port}"
+
+
 # ------------------------------------------------------------------------------------------------------ the agent
 
 
@@ -244,9 +314,12 @@ class Agent:
         self._attempt, self._patience, self._tmp = attempt, patience_seconds, tmp
         self._share = Share.of(os.environ)
         self._ended = False
+        self._last_word = "status"  # a file that ends all waiting: the command has ended
         own = {"RAY_AUTH_TOKEN_PATH": str(attempt.path("token")), "TMPDIR": str(tmp)}
         self._environ = {**os.environ, **RAY_ENVIRON, **own}
         self._environ.pop("RAY_ADDRESS", None)  # of another cluster of this user's
+        if not self._share.gpus:  # where SLURM does not shut them off, we would work on those of others
+            self._environ["CUDA_VISIBLE_DEVICES"] = ""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the batch script's affair; it makes the file `stop`
@@ -254,10 +327,14 @@ class Agent:
     def _end(self, number: int, frame: object) -> None:
         self._ended = True
 
+    def _over(self) -> bool:
+        """Whether there is nothing to wait for any more."""
+        return self._ended or self._attempt.has(self._last_word)
+
     def _waited(self, true: Callable[[], object], seconds: float) -> bool:
-        """Waits until `true()` is; False when that took too long or the job is being ended."""
+        """Waits until `true()` is; False when that took too long or all is over."""
         deadline = time.monotonic() + seconds
-        while not self._ended and time.monotonic() < deadline:
+        while not self._over() and time.monotonic() < deadline:
             if true():
                 return True
             time.sleep(POLL_SECONDS)
@@ -294,18 +371,25 @@ class Agent:
         up = self._waited(lambda: ray.poll() is not None or b"Ray runtime started" in said(), self._patience)
         if up and ray.poll() is None:
             return True
-        if not self._ended:
+        if not self._over():
             end = b"\n    ".join(said().strip().splitlines()[-8:]).decode(errors="replace")
             self._attempt.say(f"Ray does not start; the last words of {self._log}:\n    {end}")
         return False
 
     def _requeue(self, why: str) -> None:
-        """Asks SLURM to start the job again: with --no-kill it keeps a job whose head is gone running for nothing."""
-        heads = [name for name in os.listdir(self._attempt.folder) if name.startswith("head-lost.")]
-        if len(heads) >= HEADS:
-            self._attempt.say(f"{why}, for the {HEADS + 1}th time; the job is not started again")
+        """Asks SLURM to start the job again: with --no-kill it keeps a job whose head is gone running for nothing.
+
+        Every node sees the same loss; the first to write it down asks.
+        """
+        try:
+            self._attempt.path("head-lost").touch(exist_ok=False)
+        except FileExistsError:
+            self._attempt.say(f"{why}; leaving")
             return
-        self._attempt.write("head-lost")
+        losses = sum(name.startswith("head-lost.") for name in os.listdir(self._attempt.folder))
+        if losses > HEADS:
+            self._attempt.say(f"{why}, for the {losses}th time; not started again, the same sbatch line goes on")
+            return
         done = subprocess.run(["scontrol", "requeue", self._attempt.job], capture_output=True, text=True)
         refused = f", which SLURM refuses: {done.stderr.strip()}" if done.returncode else ""
         self._attempt.say(f"{why}; asked SLURM to start the job again{refused}")
@@ -314,15 +398,17 @@ class Agent:
 
     def follow(self) -> int:
         """Runs Ray's worker until the first node's command has ended; returns this node's exit status."""
-        if not self._waited(lambda: self._attempt.has("address"), self._patience):
-            if not self._ended:
-                head = self._attempt.nodes[0]
-                self._attempt.say(f"no word from {head}, which leads, for {self._patience:g} s; leaving")
+        if not self._waited(lambda: self._attempt.has("address"), self._patience) and not self._over():
+            head = self._attempt.nodes[0]
+            self._attempt.say(f"no word from {head}, which leads, for {self._patience:g} s; leaving")
             return 1
+        if self._over():
+            self._attempt.say("leaving")
+            return 0
         address = self._attempt.path("address").read_text()
         for left in range(REJOINS, -1, -1):
             self._serve(address)
-            if self._ended or self._attempt.has("status"):
+            if self._over():
                 self._attempt.say("leaving")
                 return 0
             kill_below()
@@ -338,42 +424,45 @@ class Agent:
         if self._is_up(ray):
             self._attempt.write(f"up.{self._attempt.node}")
             self._attempt.say(f"Ray's worker is up: {self._share.describe()}")
-            self._waited(lambda: ray.poll() is not None or self._attempt.has("status"), float("inf"))
+            self._waited(lambda: ray.poll() is not None, float("inf"))
 
     # ------------------------------------------------------------------------------------------------ lead
 
-    def lead(self, command: Sequence[str], mlflow: Path | None, dashboard: bool) -> int:
+    def lead(self, command: Sequence[str], database: str | None, dashboard: bool) -> int:
         """Runs Ray's head, then the command; returns the command's exit status."""
-        status, server = 1, self._start_mlflow(mlflow) if mlflow else None
+        self._last_word = "stop"  # until the command runs: then it is the command's to hear
+        status, server = 1, MlflowServer(self._attempt, self._environ, database) if database else None
         try:
             status = self._lead(command, server, dashboard)
         finally:
             self._attempt.write("status", str(status))
             self._attempt.path("token").unlink(missing_ok=True)
             if server:
-                server.terminate()
-                ended_within(server, GRACE_SECONDS)
+                server.end()
         return status
 
-    def _lead(self, command: Sequence[str], server: subprocess.Popen[bytes] | None, dashboard: bool) -> int:
+    def _lead(self, command: Sequence[str], server: MlflowServer | None, dashboard: bool) -> int:
         self._attempt.write("token", secrets.token_hex(32), 0o600)
         host = own_address(self._attempt)
         address = f"{host}:{free_port(host)}"
         ray = self._start_ray("--head", f"--port={address.rpartition(':')[2]}", *self._doors(dashboard))
-        if not self._is_up(ray):
-            return 1
-        self._attempt.write("address", address)
-        self._attempt.say(f"Ray's head is up at {address}: {self._share.describe()}")
-        self._wait_for_others()
-        if server:
-            self._wait_for_mlflow(server)
+        up = self._is_up(ray)
+        if up:
+            self._attempt.write("address", address)
+            self._attempt.say(f"Ray's head is up at {address}: {self._share.describe()}")
+            self._wait_for_others()
+            server = self._told_of(server) if server else None
         if self._ended:
             return 128 + signal.SIGTERM
         if self._attempt.has("stop"):
             self._attempt.say("asked to stop before anything began")
             return SAVED_COME_BACK
-        status = self._run(command, {**self._environ, "RAY_ADDRESS": address}, ray)
+        if not up:
+            return 1
+        status = self._run(command, {**self._environ, "RAY_ADDRESS": address}, ray, server)
         self._attempt.say(f"the command has ended with {status}")
+        if server:
+            self._attempt.say(f"MLflow's server ends with the job; its links work again with: {server.successor()}")
         return status
 
     def _doors(self, dashboard: bool) -> list[str]:
@@ -397,11 +486,16 @@ class Agent:
 
         if self._waited(lambda: not missing(), self._patience):
             self._attempt.say(f"all {len(self._attempt.nodes)} nodes are up")
-        elif not self._ended:
+        elif not self._over():
             late = ", ".join(missing())
-            self._attempt.say(f"not up within {self._patience:g} s: {late}; going on without, until they are up")
+            self._attempt.say(
+                f"not up within {self._patience:g} s: {late}; going on without, until they are up "
+                f"(PATIENCE=600 waits longer, where a trial needs them)"
+            )
 
-    def _run(self, command: Sequence[str], environ: Mapping[str, str], ray: subprocess.Popen[bytes]) -> int:
+    def _run(
+        self, command: Sequence[str], environ: Mapping[str, str], ray: subprocess.Popen[bytes], server: MlflowServer | None
+    ) -> int:
         """The command to its end: told to save when the job is to stop, killed when Ray or the job is gone."""
         running, told = start(command, environ), False
         while running.poll() is None and not self._ended:
@@ -414,37 +508,30 @@ class Agent:
                 told = True
                 self._attempt.say("asked to stop: the command gets SIGUSR1")
                 running.send_signal(signal.SIGUSR1)
+            if server:
+                server.revive()
             time.sleep(POLL_SECONDS)
         if self._ended and not ended_within(running, GRACE_SECONDS):  # scancel has told it as it told us
             running.kill()
             running.wait()
+        if running.returncode == -signal.SIGUSR1:  # it was too young to hear, and had nothing to save
+            return SAVED_COME_BACK
         return running.returncode if running.returncode >= 0 else 128 - running.returncode
 
-    # ---------------------------------------------------------------------------------------------- MLflow
+    def _told_of(self, server: MlflowServer) -> MlflowServer | None:
+        """Waits for the server and has the command told of it; None where it does not start.
 
-    def _start_mlflow(self, database: Path) -> subprocess.Popen[bytes]:
-        """A tracking server on loopback; the same port after a requeue where that is free."""
-        database.parent.mkdir(parents=True, exist_ok=True)
-        self._mlflow = f"127.0.0.1:{free_port('127.0.0.1', 40_000 + int(self._attempt.job) % 20_000)}"
-        host, _, port = self._mlflow.rpartition(":")
-        # Files go to the shared disk directly, where they are found as well when no server runs.
-        artifacts = (database.parent / "mlflow-artifacts").as_uri()
-        words = [
-            sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{database}", "--no-serve-artifacts", "--default-artifact-root", artifacts,
-        ]  # fmt: skip
-        # Its job runner for language models is four more processes, with files in /dev/shm that a kill leaves there.
-        environ = {**self._environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        return start(words, environ, self._attempt.path("mlflow"))
-
-    def _wait_for_mlflow(self, server: subprocess.Popen[bytes]) -> None:
-        """The command is told of the server either way: readings wait in the run folders for one that is late."""
-        self._waited(lambda: server.poll() is not None or answers(self._mlflow), self._patience)
-        if server.poll() is None and answers(self._mlflow):
-            self._attempt.say(f"MLflow is up at http://{self._mlflow}, on this node only")
-            self._environ["MLFLOW_TRACKING_URI"] = f"http://{self._mlflow}"
-        elif not self._ended:
+        The command is told of one that is late as well: readings wait in the run folders until it answers.
+        """
+        up = self._waited(lambda: server.has_died() or answers(server.address), self._patience)
+        if self._over():
+            return None
+        if server.has_died():
             self._attempt.say(f"MLflow's server does not start, see {self._attempt.path('mlflow')}; going on without it")
+            return None
+        self._attempt.say(f"MLflow is {'up' if up else 'late'} at http://{server.address}, on this node only")
+        self._environ["MLFLOW_TRACKING_URI"] = f"http://{server.address}"
+        return server
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -456,7 +543,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("folder", type=Path, metavar="FOLDER", help="where the job's nodes meet; on a shared disk")
     words.add_argument("command", nargs="+", metavar="COMMAND", help="what the first node runs, after --")
     words.add_argument("--patience", type=float, default=120, metavar="SECONDS", help="how long to wait for other nodes")
-    words.add_argument("--mlflow", type=Path, metavar="DB", help="run an MLflow server on this SQLite file meanwhile")
+    words.add_argument("--mlflow", action="store_true", help="run an MLflow server meanwhile, on the database $MLFLOW_DB")
     words.add_argument("--dashboard", action="store_true", help="run Ray's dashboard on the first node's loopback")
     return words
 
@@ -474,8 +561,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         agent = Agent(attempt, given.patience, tmp)
         try:
             if os.environ["SLURM_PROCID"] == "0":
-                mlflow = given.mlflow.absolute() if given.mlflow else None
-                return agent.lead(given.command, mlflow, given.dashboard)
+                database = os.environ.get("MLFLOW_DB", DATABASE) if given.mlflow else None
+                return agent.lead(given.command, database, given.dashboard)
             return agent.follow()
         finally:
             kill_below()

@@ -153,7 +153,7 @@ class Slurm:
             wait_until("slurmctld answers", lambda: self.on_login("scontrol", "ping", check=False).returncode == 0, 20)
             for number in self._numbers():
                 self.power_on(f"n{number}")
-            wait_until("all nodes idle", lambda: self._idle() == self.number, 30)
+            wait_until("all nodes idle", lambda: self.idle() == self.number, 30)
         except BaseException:
             self.__exit__()
             raise
@@ -225,10 +225,12 @@ class Slurm:
             subprocess.run(["nsenter", "-t", str(self._login.pid), "-n", *command.split()], check=True)
 
     def power_off(self, name: str) -> None:
-        """Cuts a node's power: all its processes are gone at once, and nobody is told."""
+        """Cuts a node's power: all its processes are gone at once, and nobody is told. Its /tmp was in memory."""
         node = self.nodes.pop(name)
         node.init.kill()
         node.power.wait()
+        for left in (self.folder / "nodes" / name / "tmp").glob("d[0-9]*"):
+            shutil.rmtree(left)
 
     def _enter(self) -> list[str]:
         return ["nsenter", "-t", str(self._login.pid), "-m", "-u", "-i", "-n", "-p"]
@@ -243,7 +245,8 @@ class Slurm:
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
         return done
 
-    def _idle(self) -> int:
+    def idle(self) -> int:
+        """How many nodes have nothing to do."""
         return len(self.on_login("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).stdout.split())
 
 

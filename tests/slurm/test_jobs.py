@@ -1,4 +1,4 @@
-"""Searches and runs through `sbatch` on a real SLURM: to the end, interrupted, cancelled, with a node's Ray killed.
+"""Searches and runs through `sbatch` on a real SLURM: to the end, interrupted, cancelled, with a node's power cut.
 
 After each job nothing of it is left on any node, and MLflow holds what the run folders hold.
 """
@@ -9,7 +9,8 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ STEPS = {
     "stages__finetune__evaluate_every_steps": 50,
     "stages__finetune__report_every": 25,
 }
+LONGER = {**STEPS, "stages__finetune__steps": 500}
 TWO_NODES = ("--nodes=2", "--cpus-per-task=1", "--mem=2000", "--gpus-per-node=1", "--time=10")
 
 
@@ -78,9 +80,20 @@ class Office:
         space = {"stages.finetune.optim.lr": [1e-3, 4e-3]}
         return self._write(name, {"base": {**base, "name": name}, "space": space, "search": search})
 
+    def halving_file(self, name: str) -> Path:
+        """Three trials over both nodes at once, so one after the other; the last is the worst, and stopped on its rung.
+
+        SLURM looks for time limits twice a minute only: so long there must be something to interrupt.
+        """
+        base = tiny_run(self._corpus, self.folder / "runs", stages__pretrain=None, tracking__enabled=True, **LONGER)
+        halving = {"kind": "asha", "rungs": [250]}
+        search = {"metric": METRIC, "scheduler": halving, "max_failures": 2, "resources": {"ranks": 2}}
+        space = {"stages.finetune.optim.lr": [base["stages"]["finetune"]["optim"]["lr"], 4e-3, 1e-6]}
+        return self._write(name, {"base": {**base, "name": name}, "space": space, "search": search})
+
     def run_file(self, name: str) -> Path:
-        """One run of as many steps."""
-        base = tiny_run(self._corpus, self.folder / "runs", stages__pretrain=None, tracking__enabled=True, **STEPS)
+        """One run, the same as the first trial of `halving_file`."""
+        base = tiny_run(self._corpus, self.folder / "runs", stages__pretrain=None, tracking__enabled=True, **LONGER)
         return self._write(name, {"base": {**base, "name": name}})
 
     def _write(self, name: str, tree: dict[str, Any]) -> Path:
@@ -88,11 +101,11 @@ class Office:
         file.write_text(dump_yaml(tree))
         return file
 
-    def submit(self, script: str, file: Path, **environ: str) -> Job:
-        """`sbatch cluster/SCRIPT FILE` from the checkout."""
+    def submit(self, script: str, *words: str | Path, options: Sequence[str] = (), **environ: str) -> Job:
+        """`sbatch OPTIONS cluster/SCRIPT WORDS` from the checkout."""
         own = {"VENV": sys.prefix, "JOBS": str(self.folder / "jobs"), "OMP_NUM_THREADS": "1", **environ}
-        log = f"--output={self.folder}/%x-%j.log"
-        return Job.submit(self.slurm, ROOT, *TWO_NODES, log, f"cluster/{script}", str(file), environ=own)
+        given = [*TWO_NODES, f"--output={self.folder}/%x-%j.log", *options, f"cluster/{script}", *map(str, words)]
+        return Job.submit(self.slurm, ROOT, *given, environ=own)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +133,11 @@ def host_of(folder: Path) -> str:
 
 def lessons(file: Path) -> dict[str, list[tuple[Any, ...]]]:
     """What every trial learned: all it reported, but for what a clock or the machine had a part in."""
-    told = {folder.name: read_readings(folder) for folder in folders(file)}
-    return {name: [lesson(one) for one in readings if one.split != "system"] for name, readings in told.items()}
+    return {folder.name: learned(folder) for folder in folders(file)}
+
+
+def learned(folder: Path) -> list[tuple[Any, ...]]:
+    return [lesson(one) for one in read_readings(folder) if one.split != "system"]
 
 
 def lesson(reading: Reading) -> tuple[Any, ...]:
@@ -137,7 +153,13 @@ def assert_ended_well(file: Path, database: Path) -> None:
     for candidate in planned(file).candidates:
         ended = candidate.ended()
         assert ended and ended.state == "finished", f"{candidate.id}: {ended}"
+        assert read_readings(candidate.folder)[-1].split == "test"
         assert_in_mlflow(client, candidate.folder)
+
+
+def evaluated(folder: Path) -> list[int]:
+    """The steps at which a run was evaluated: each once, however often the run was interrupted."""
+    return [reading.step for reading in read_readings(folder) if reading.split == "valid"]
 
 
 def assert_in_mlflow(client: Any, folder: Path) -> None:
@@ -147,7 +169,6 @@ def assert_in_mlflow(client: Any, folder: Path) -> None:
     key = run.data.tags["dstrain.key"]
     assert len(client.search_runs([sent.experiment_id], f"tags.`dstrain.key` = '{key}'")) == 1
     readings = read_readings(folder)
-    assert readings[-1].split == "test"
     for name in {name for reading in readings for name in reading.keyed()}:
         ours = {(reading.step, value) for reading in readings if (value := reading.keyed().get(name)) is not None}
         assert {(row.step, row.value) for row in client.get_metric_history(sent.run_id, name)} == ours, name
@@ -203,26 +224,64 @@ def test_no_token_outlives_its_job(office: Office, side_by_side: tuple[Job, Job]
     assert not list((office.folder / "jobs").glob("*/token.*"))
 
 
-def test_a_search_that_meets_its_time_limit_goes_on_as_if_nothing_had_been(
-    office: Office, side_by_side: tuple[Job, Job]
-) -> None:
-    file = office.search_file("limited")
-    job, trials = office.submit("tune.sbatch", file), folders(file)
-    job.until("a trial is under way", lambda: any(map(in_mid_trial, trials)), 240)
-    job.signal("--signal=USR1", "--batch")  # what SLURM does before the limit, without its minute of tolerance
+@pytest.fixture(scope="module")
+def trained(office: Office) -> Job:
+    """A run over two nodes, interrupted in the middle. SLURM's second start of its job is none for `--resume never`."""
+    job = office.submit("train.sbatch", office.run_file("trained"), "--resume", "never")
+    folder = office.folder / "runs" / "trained"
+    job.until("the run is under way", lambda: any((folder / "stages/finetune/checkpoints").glob("step-*[0-9]")), 240)
+    job.signal("--signal=USR1", "--batch")
     job.until("the job is queued again", lambda: job.field("Restarts") == "1", 120)
+    assert not (folder / "outcome.json").exists()
+    assert job.wait(240) == "COMPLETED", job.said()
+    return job
+
+
+def test_a_run_over_two_nodes_is_interrupted_and_goes_on(office: Office, trained: Job) -> None:
+    from mlflow import MlflowClient
+
+    folder = office.folder / "runs" / "trained"
+    assert "test: " in trained.said() and "Traceback" not in trained.said()
+    assert evaluated(folder) == list(range(50, 501, 50))
+    client = MlflowClient(f"sqlite:///{office.folder / 'runs' / 'mlflow.db'}")
+    assert client.get_run(sent_of(folder).run_id).data.tags["world_size"] == "2"
+    assert_in_mlflow(client, folder)
+
+
+def test_a_search_that_meets_its_time_limit_goes_on_as_if_nothing_had_been(office: Office, trained: Job) -> None:
+    """Trials of two ranks on two nodes under successive halving. The first learns what the same run learned by itself."""
+    from mlflow import MlflowClient
+
+    file = office.halving_file("limited")
+    job, trials = office.submit("tune.sbatch", file, options=["--signal=B:USR1@30"]), folders(file)
+    job.until("a trial is under way", lambda: any(map(in_mid_trial, trials)), 240)
+    limit(job, "EndTime=" + time.strftime("%FT%T", time.localtime(time.time() + 60)))
+    job.until("the job is queued again", lambda: job.field("Restarts") == "1", 120)
+    limit(job, "TimeLimit=10")
     assert not all(candidate.ended() for candidate in planned(file).candidates)
     assert job.wait(300) == "COMPLETED", job.said()
+    assert "3 of 3 trials to run, 1 at a time, each takes 2 rank(s) of 1 CPU(s)" in job.said()
     assert "the command gets SIGUSR1" in job.said() and "asking SLURM to start job" in job.said()
     assert "Traceback" not in job.said()
-    assert_ended_well(file, office.folder / "runs" / "mlflow.db")
-    assert lessons(file) == lessons(office.folder / "first.yaml")
+
+    same, other, worst = planned(file).candidates
+    assert [ended and ended.state for ended in (same.ended(), other.ended(), worst.ended())] == ["finished"] * 2 + ["stopped"]
+    assert learned(same.folder) == learned(office.folder / "runs" / "trained")
+    assert evaluated(other.folder) == list(range(50, 501, 50)) and evaluated(worst.folder) == list(range(50, 251, 50))
+    client = MlflowClient(f"sqlite:///{office.folder / 'runs' / 'mlflow.db'}")
+    for folder in trials:
+        assert_in_mlflow(client, folder)
 
 
-def test_a_node_whose_ray_is_killed_costs_what_ran_there_since_its_checkpoint(
-    office: Office, side_by_side: tuple[Job, Job]
+def limit(job: Job, words: str) -> None:
+    """Changes a job's time limit. Before it SLURM sends the signal asked for, at one of its two looks a minute."""
+    job.slurm.on_login("scontrol", "update", f"JobId={job.number}", words)
+
+
+def test_a_node_that_dies_costs_what_ran_there_since_its_checkpoint(
+    office: Office, slurm: Slurm, side_by_side: tuple[Job, Job]
 ) -> None:
-    """And its job has an MLflow server of its own, which holds all in the end."""
+    """First Ray dies there and comes back, then the power is cut. An MLflow server of the job's own dies as well."""
     file, database = office.search_file("bereft"), office.folder / "bereft" / "mlflow.db"
     job = office.submit("tune.sbatch", file, MLFLOW="server", MLFLOW_DB=str(database))
     trials = folders(file)
@@ -231,33 +290,64 @@ def test_a_node_whose_ray_is_killed_costs_what_ran_there_since_its_checkpoint(
         return any(in_mid_trial(folder) and host_of(folder) == "n2" for folder in trials)
 
     job.until("a trial is under way on n2", on_worker, 240)
-    for process in office.slurm.nodes["n2"].processes():
-        if process.name() == "raylet":
-            process.kill()
-    assert job.wait(300) == "COMPLETED", job.said()
-    assert "n2: Ray has died here; joining again" in job.said()
-    assert job.field("Restarts") == "0" and "MLflow is up at http://127.0.0.1:" in job.said()
+    kill(slurm, "n2", "raylet")
+    kill(slurm, "n1", "mlflow server")
+    job.until("n2 is back", lambda: job.said().count("n2: Ray's worker is up") == 2, 60)
+    slurm.power_off("n2")
+    try:
+        assert job.wait(300) == "COMPLETED", job.said()
+    finally:
+        slurm.power_on("n2")
+        wait_until("n2 is idle", lambda: slurm.idle() == slurm.number, 60)
+    said = job.said()
+    assert "n2: Ray has died here; joining again" in said and job.field("Restarts") == "0"
+    assert "MLflow is up at http://127.0.0.1:" in said and "MLflow's server has died; starting it again" in said
+    assert f"mlflow ui --backend-store-uri sqlite:///{database} " in said
     assert_ended_well(file, database)
     assert lessons(file) == lessons(office.folder / "first.yaml")
 
 
-def test_a_run_over_two_nodes_meets_its_time_limit_and_goes_on(office: Office) -> None:
-    file = office.run_file("trained")
-    job = office.submit("train.sbatch", file)
-    folder = office.folder / "runs" / "trained"
-    job.until("the run is under way", lambda: any((folder / "stages/finetune/checkpoints").glob("step-*[0-9]")), 240)
-    job.signal("--signal=USR1", "--batch")
-    job.until("the job is queued again", lambda: job.field("Restarts") == "1", 120)
-    assert not (folder / "outcome.json").exists()
-    assert job.wait(240) == "COMPLETED", job.said()
-    assert "test: " in job.said() and "Traceback" not in job.said()
-    steps = [reading.step for reading in read_readings(folder) if reading.split == "valid"]
-    assert steps == list(range(50, 401, 50))
-    from mlflow import MlflowClient
+def kill(slurm: Slurm, name: str, words: str) -> None:
+    """Kills what runs on a node under these words."""
+    found = [process for process in slurm.nodes[name].processes() if words in " ".join(process.cmdline())]
+    assert found, f"no {words} on {name}"
+    for process in found:
+        process.kill()
 
-    client = MlflowClient(f"sqlite:///{office.folder / 'runs' / 'mlflow.db'}")
-    assert client.get_run(sent_of(folder).run_id).data.tags["world_size"] == "2"
-    assert_in_mlflow(client, folder)
+
+def test_a_search_that_is_to_stop_before_it_has_begun_is_queued_again_at_once(office: Office) -> None:
+    job = office.submit("tune.sbatch", office.search_file("early"))
+    logs = office.folder / "jobs" / job.number
+    job.until("Ray is being started", lambda: any(logs.glob("ray.n1.*")), 60)
+    job.signal("--signal=USR1", "--batch")
+    job.until("the job is queued again", lambda: job.field("Restarts") == "1", 30)
+    assert "asked to stop before anything began" in job.said() and "trials to run" not in job.said()
+    assert not (office.folder / "runs" / "early").exists()
+
+
+def test_every_gpu_has_a_rank_and_a_run_that_asks_to_come_back_does(office: Office) -> None:
+    """With ranks that only say who they are; at first one runs out of memory, and the others end with it."""
+    program = office.folder / "played" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.write_text(RANKS)
+    program.chmod(0o755)
+    venv = str(program.parents[1])
+    job = office.submit("train.sbatch", "any.yaml", options=["--gpus-per-node=2", "--cpus-per-task=2"], VENV=venv)
+    assert job.wait(90) == "COMPLETED", job.said()
+    for start in ("0", "1"):
+        ranks = re.findall(rf"rank (\d) of 4 on (n\d), start {start}", job.said())
+        assert sorted(ranks) == [("0", "n1"), ("1", "n1"), ("2", "n2"), ("3", "n2")], job.said()
+    assert job.field("Restarts") == "1"
+
+
+RANKS = f"""#!/bin/sh
+[ "$1" = -c ] && exec {sys.executable} "$@"
+start=${{SLURM_RESTART_COUNT:-0}}
+echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS on $SLURMD_NODENAME, start $start"
+[ "$start" -gt 0 ] && exit 0
+[ "$SLURM_PROCID" = 2 ] && exit 75
+exit 1
+"""
 
 
 def test_a_job_submitted_from_elsewhere_says_where_it_belongs(office: Office) -> None:

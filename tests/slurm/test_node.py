@@ -8,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import psutil
 import pytest
@@ -32,8 +35,30 @@ def load() -> ModuleType:
 node = load()
 
 
-def attempt(folder: Path, restart: str = "0") -> object:
+def attempt(folder: Path, restart: str = "0") -> Any:
     return node.Attempt(folder, "77", restart, "n1", ("n1",))
+
+
+@pytest.fixture
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Makes the agent of one of a job's two nodes. Its Ray is played by a script that says a word and waits."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    others = set(psutil.Process().children())
+    monkeypatch.setattr(node, "own_address", lambda attempt: "127.0.0.1")
+
+    def make(name: str = "n1", restart: str = "0", word: str = "Ray runtime started") -> Any:
+        player = tmp_path / "python"
+        player.write_text(f"#!/bin/sh\necho {word}\nexec sleep 60\n")
+        player.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(player))
+        return node.Agent(node.Attempt(tmp_path, "77", restart, name, ("n1", "n2")), 60.0, tmp_path)
+
+    yield make
+    for child in set(psutil.Process().children()) - others:
+        child.kill()
+        child.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_only_the_standard_library_is_imported() -> None:
@@ -49,6 +74,7 @@ def test_the_share_is_what_slurm_gave() -> None:
     assert node.Share.of(given) == node.Share(1, 2, 3000)
     assert node.Share.of({"SLURM_CPUS_ON_NODE": "999"}) == node.Share(cpus, 0, None), "never more than we may run on"
     assert node.Share.of({"SLURM_MEM_PER_CPU": "500", "SLURM_STEP_GPUS": "0,3"}) == node.Share(cpus, 2, 500 * cpus)
+    assert node.Share.of({"CUDA_VISIBLE_DEVICES": "0,1"}).gpus == 0, "that is of the shell, and nothing SLURM gave"
     assert node.Share(4, 1, 1000).flags() == ["--num-cpus", "4", "--num-gpus", "1", "--memory", str(1000 * 2**20 - 10**8)]
     assert node.Share(4, 1, None).flags() == ["--num-cpus", "4", "--num-gpus", "1"]
 
@@ -138,6 +164,91 @@ def test_what_the_agent_started_ends_when_it_is_killed() -> None:
         assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
     finally:
         os.kill(orphan, signal.SIGKILL)
+
+
+def test_gpus_that_slurm_did_not_give_are_hidden(agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
+    assert agent()._environ["CUDA_VISIBLE_DEVICES"] == "0"
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE")
+    assert agent()._environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize("word", ["Ray runtime started", "nothing yet"])
+def test_a_stop_while_nodes_come_up_ends_all_with_come_back(tmp_path: Path, agent: Callable[..., Any], word: str) -> None:
+    """Whether the other node is waited for or Ray itself; and the other node does not wait for the first any longer."""
+    lead, asked = agent(word=word), threading.Timer(0.5, attempt(tmp_path).write, ["stop"])
+    asked.start()
+    began = time.monotonic()
+    assert lead.lead(["true"], None, False) == node.SAVED_COME_BACK
+    assert attempt(tmp_path).path("status").read_text() == "75"
+    assert agent("n2").follow() == 0
+    assert time.monotonic() - began < 10, "of 60 seconds of patience"
+
+
+def test_a_stop_that_comes_before_the_command_can_hear_it_is_not_lost(tmp_path: Path, agent: Callable[..., Any]) -> None:
+    here = attempt(tmp_path)
+    here.write("up.n2")
+    began = time.monotonic()
+    threading.Timer(2.0, here.write, ["stop"]).start()
+    assert agent().lead(["sleep", "30"], None, False) == node.SAVED_COME_BACK
+    assert 1.5 < time.monotonic() - began < 15
+
+
+def test_a_command_is_told_once_that_it_is_to_stop(tmp_path: Path, agent: Callable[..., Any]) -> None:
+    here = attempt(tmp_path)
+    here.write("up.n2")
+    counts = "n=0; trap 'n=$((n + 1))' USR1; touch stop.77.0; for _ in $(seq 20); do sleep 0.1; done; exit $n"
+    assert agent().lead(["sh", "-c", f"cd {tmp_path}; {counts}"], None, False) == 1
+
+
+def test_a_lost_head_counts_once_however_many_nodes_see_it(
+    tmp_path: Path, agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $@ >>{tmp_path}/asked\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for restart in range(node.HEADS + 1):
+        for name in ("n2", "n3"):
+            agent(name, str(restart))._requeue("the head is gone")
+    assert (tmp_path / "asked").read_text() == "requeue 77\n" * node.HEADS
+    said = capsys.readouterr().out
+    assert said.count("the head is gone; asked SLURM to start the job again\n") == node.HEADS
+    assert said.count("for the 4th time; not started again, the same sbatch line goes on\n") == 1
+
+
+def test_a_path_becomes_a_database_of_its_own_and_an_address_is_left_as_it_is(
+    tmp_path: Path, agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And neither the server's command line nor what is said of it has the password."""
+    monkeypatch.chdir(tmp_path)
+    here, address = attempt(tmp_path), "postgresql://me:se/cr@t@host/runs"
+    agent()
+    file = node.MlflowServer(here, {}, "runs/own.db")
+    assert file._environ["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/runs/own.db"
+    assert f"--backend-store-uri sqlite:///{tmp_path}/runs/own.db --host" in file.successor()
+    server = node.MlflowServer(here, {}, address)
+    assert server._environ["MLFLOW_BACKEND_STORE_URI"] == address
+    assert "cr@t" not in " ".join(psutil.Process(server._process.pid).cmdline()) + server.successor()
+    assert not list(tmp_path.glob("postgresql*"))
+
+
+def test_a_server_that_dies_is_started_again_on_its_port(
+    tmp_path: Path, agent: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agent()
+    server = node.MlflowServer(attempt(tmp_path), {}, str(tmp_path / "own.db"))
+    first, address = server._process, server.address
+    server.revive()
+    first.kill()
+    first.wait()
+    server.revive()
+    assert server._process is first, "not at once: one that cannot live would die all the time"
+    monkeypatch.setattr(node, "REVIVE_SECONDS", 0.0)
+    server.revive()
+    assert server._process is not first and server.address == address and not server.has_died()
+    assert capsys.readouterr().out.count("MLflow's server has died; starting it again") == 1
 
 
 def test_outside_a_job_it_says_how_it_is_started(tmp_path: Path) -> None:
