@@ -94,9 +94,9 @@ class Trainer:
     def _step(self) -> float:
         mine, began = next(self.shares), time.perf_counter()
         task: Any = self.engine.task
-        for number, batch, _ in mine.batches:
-            task.set_step(mine.step, number)
-            loss, _ = self.engine(batch.to(self.engine.ranks.device))
+        for piece in mine.batches:
+            task.set_step(mine.step, piece.micro_batch)
+            loss, _ = self.engine(piece.batch.to(self.engine.ranks.device))
             self.engine.backward(loss / mine.weight)
             self.engine.step(1e-4)
         if self.engine.ranks.device.type == "cuda":

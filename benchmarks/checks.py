@@ -66,15 +66,15 @@ class Steps:
     def bare(self) -> None:
         """The same draws, gradient, update and figures, and nothing else."""
         ds, task = self._engine._ds, self._engine.task
-        for place, batch, documents in self._mine.batches:
-            task.set_step(self._mine.step, place)  # type: ignore[operator]
-            on_device = batch.to(self._ranks.device)
+        for place, piece in enumerate(self._mine.batches):
+            task.set_step(self._mine.step, piece.micro_batch)  # type: ignore[operator]
+            on_device = piece.batch.to(self._ranks.device)
             loss_sum, evidence = ds(on_device)
             ds.set_gradient_accumulation_boundary(place + 1 == len(self._mine.batches))
             ds.backward(loss_sum / self._mine.weight, scale_wrt_gas=False)
             set_lr(ds.optimizer, LR)
             ds.step()
-            self._meter.tally.add(on_device, loss_sum, evidence, documents)
+            self._meter.tally.add(on_device, loss_sum, evidence, piece.documents)
 
 
 def measure(preset: str, zero: int, rounds: int, folder: Path, ranks: Ranks) -> Row:

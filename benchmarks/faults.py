@@ -188,12 +188,20 @@ class Ended:
     """How a start ended."""
 
     statuses: list[int | None]
-    struck: dict[str, str] | None
-    """Where the fault came, as the victim said; None when it never did."""
+    struck: dict[str, Any] | None
+    """Where and when the fault came, as the victim said, or whoever sent it a signal; None when it never did."""
     stage: str
     seconds: float
     log: str
     events: dict[str, int] = field(default_factory=dict)
+    begun: list[float] = field(default_factory=list)
+    """When the rank that was to be struck began its optimizer steps; nothing where it was killed."""
+
+    @property
+    def went_on(self) -> bool:
+        """Whether steps were begun after the fault that cannot have been under way already: it was not heard."""
+        struck = self.struck
+        return struck is not None and sum(when > struck["at"] for when in self.begun) > struck["spare"]
 
 
 class Launcher:
@@ -215,18 +223,20 @@ class Launcher:
         for rank in range(configuration.ranks):
             plan = asdict(fault) if fault and fault.rank == rank and fault.moment != "random" else {}
             environ = {
-                **_surroundings(), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(configuration.ranks),
+                **surroundings(), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(configuration.ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DSTRAIN_FAULT": json.dumps(plan),
                 "DSTRAIN_FAULT_OUT": str(notes), "DSTRAIN_CACHE": str(folder / "cache"),
             }  # fmt: skip
             pids.append(self._forker.start(environ, folder, ["run.yaml"], log))
-        statuses = self._wait(pids, fault, began, log)
-        struck = _note(notes, "struck")
-        stage = (_note(notes, "stage", 0) or {"stage": "start"})["stage"]
+        statuses = self._wait(pids, fault, began, log, notes)
+        struck, stage = _note(notes, "struck"), _stage(notes, 0)
         events = {key: value for key, value in (_note(notes, "events", 0) or {}).items() if key in MOMENTS}
-        return Ended(statuses, struck, stage, time.monotonic() - began, log.read_text(errors="replace"), events)
+        begun = (_note(notes, "events", fault.rank if fault else 0) or {"begun": []})["begun"]
+        return Ended(statuses, struck, stage, time.monotonic() - began, log.read_text(errors="replace"), events, begun)
 
-    def _wait(self, pids: list[int], fault: Fault | None, began: float, log: Path) -> list[int | None]:
+    def _wait(
+        self, pids: list[int], fault: Fault | None, began: float, log: Path, notes: Path
+    ) -> list[int | None]:
         """The exit statuses; a rank that dies takes the others with it after a grace."""
         statuses: list[int | None] = [None] * len(pids)
         hit = fault is None or fault.moment != "random"
@@ -241,6 +251,9 @@ class Launcher:
                 assert fault is not None
                 if statuses[fault.rank] is None:
                     os.kill(pids[fault.rank], _SIGNALS[fault.kind])
+                    struck = {"stage": _stage(notes, fault.rank), "moment": "random", "at": time.monotonic(), "spare": 1}
+                    notes.mkdir(exist_ok=True)
+                    (notes / f"struck.rank{fault.rank}.json").write_text(json.dumps(struck))
             if ended_at is None and any(statuses):
                 ended_at = now + (PARTING_SECONDS if SAVED in statuses else 0)
             if now - began > PATIENCE_SECONDS or (ended_at is not None and now - ended_at > GRACE_SECONDS):
@@ -258,7 +271,8 @@ class Launcher:
 _SIGNALS = {"sigkill": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigusr1": signal.SIGUSR1}
 
 
-def _surroundings() -> dict[str, str]:
+def surroundings() -> dict[str, str]:
+    """The environment of a rank, but for its place among the others and where its text is."""
     gone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DSTRAIN_DATA")
     kept = {name: value for name, value in os.environ.items() if name not in gone}
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -277,6 +291,10 @@ def _note(folder: Path, name: str, rank: int | None = None) -> dict[str, Any] | 
     return None
 
 
+def _stage(notes: Path, rank: int) -> str:
+    return str((_note(notes, "stage", rank) or {"stage": "start"})["stage"])
+
+
 # --------------------------------------------------------------------------------------------------------- chains
 
 
@@ -292,7 +310,7 @@ class Harness:
         corpora = folder / "corpora"
         corpora.mkdir(parents=True)
         write_corpora(corpora)
-        self._forker = Forker(_surroundings())
+        self._forker = Forker(surroundings())
         self._launcher = Launcher(self._forker)
 
     def close(self) -> None:
@@ -357,13 +375,17 @@ class Harness:
         return Fault(moment, self._random.choice(KINDS), self._random.randint(1, max(1, events // share)), rank)
 
     def _judge(self, configuration: Configuration, fault: Fault | None, ended: Ended, tale: list[str]) -> None:
-        """Whether a start ended as it must: by the fault, or by itself where the fault never came."""
-        struck = ended.struck is not None or (fault is not None and fault.moment == "random" and any(ended.statuses))
+        """Whether a start ended as it must: by the fault, or by itself where the fault never came, or too late to matter.
+
+        One that is asked to stop may finish when it was in its last step or past it. It may not take another step.
+        """
         allowed: set[int | None] = {0}
-        if fault is not None and struck:
+        if fault is not None and ended.struck is not None:
             allowed |= {
                 "sigkill": {-signal.SIGKILL}, "sigterm": {SAVED}, "sigusr1": {SAVED}, "exception": {1}, "exit": {EXITS_WITH}
             }[fault.kind]  # fmt: skip
+            if fault.kind in POLITE and ended.went_on:
+                allowed.remove(0)
         status = ended.statuses[fault.rank if fault else 0]
         if status not in allowed or (status == 0 and any(ended.statuses)):
             said = "\n  ".join([f"{configuration}: status {ended.statuses} where {sorted(map(str, allowed))} is right", *tale])
@@ -371,12 +393,16 @@ class Harness:
 
 
 def configurations(ranks: Sequence[int], generator: random.Random) -> Iterator[Configuration]:
-    """All of the matrix in a random order, again and again; one in three is tracked by MLflow."""
-    matrix = list(itertools.product(ATTENTION, range(4), ranks, ("fp32", "bf16")))
+    """All of the matrix, again and again: every dozen has each kind of attention at each ZeRO stage; one in three is tracked."""
+    cells = list(itertools.product(ATTENTION, range(4)))
+    others = list(itertools.product(ranks, ("fp32", "bf16")))
     while True:
-        generator.shuffle(matrix)
-        for place, (attention, zero, world, precision) in enumerate(matrix):
-            yield Configuration(attention, zero, world, precision, tracked=place % 3 == 0)
+        left = {cell: generator.sample(others, len(others)) for cell in cells}
+        for _ in others:
+            generator.shuffle(cells)
+            for place, cell in enumerate(cells):
+                (attention, zero), (world, precision) = cell, left[cell].pop()
+                yield Configuration(attention, zero, world, precision, tracked=place % 3 == 0)
 
 
 # -------------------------------------------------------------------------------------------------- what is shown

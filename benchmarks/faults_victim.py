@@ -16,6 +16,8 @@ import os
 import runpy
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,12 +53,16 @@ class Striker:
         self.stage = "start"
         self.inside = ""
         """evaluation or tokenisation, while one is under way."""
+        self.begun: list[float] = []
+        """When each optimizer step began, by a clock that processes have in common."""
 
     def event(self, moment: str) -> None:
         """Something happened at which a process may die."""
         self.counts[moment] += 1
         if self._plan.get("moment") == moment and self._plan["event"] == self.counts[moment]:
-            self.note("struck", {"stage": self.stage, "moment": moment})
+            # Beside the main thread, that may just now be past its look at whether it is asked to stop.
+            spare = int(threading.current_thread() is not threading.main_thread())
+            self.note("struck", {"stage": self.stage, "moment": moment, "at": time.monotonic(), "spare": spare})
             self._strike(self._plan["kind"])
 
     def _strike(self, kind: str) -> None:
@@ -156,6 +162,7 @@ class Striker:
         from dstrain import loop, run
         from dstrain.data import cache, vocabulary
         from dstrain.engine import Engine
+        from dstrain.healing import Healer
         from dstrain.objective import Task
 
         self.files()
@@ -168,6 +175,16 @@ class Striker:
         self.around(Engine, "close", "between")
         self.around(run, "inherit", "between")
         run.fit = self._recorded(run.fit)
+        Healer.step = self._dated(Healer.step)  # type: ignore[method-assign]
+
+    def _dated(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Optimizer steps; when each begins is kept."""
+
+        def dated(*args: Any, **kwargs: Any) -> Any:
+            self.begun.append(time.monotonic())
+            return step(*args, **kwargs)
+
+        return dated
 
     def _recorded(self, fit: Callable[..., Any]) -> Callable[..., Any]:
         """The loop; what the engine holds when a stage has come to its end is kept for a comparison."""
@@ -219,7 +236,7 @@ def be_victim(words: Sequence[str]) -> None:
     real_exit = os._exit
 
     def leave(status: int) -> None:
-        striker.note("events", {"status": status, **striker.counts})
+        striker.note("events", {"status": status, "begun": striker.begun, **striker.counts})
         real_exit(status)
 
     os._exit = leave  # type: ignore[assignment]

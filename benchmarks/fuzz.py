@@ -3,8 +3,10 @@
     python -m benchmarks.fuzz --cases 2000 [--seed S] [--kind settings|deepspeed|data]
 
 A case must either be accepted (`--dry-run`, status 0) or end with status 2 and at most a few lines that each name an address
-or a file; then the real start must refuse it alike. Nothing may be left in the folder. Everything else is a finding, which
-hypothesis makes as small as it can. Exit status: 0 no finding, 1 some.
+or a file; then the real start must refuse it alike. Nothing may be left in the folder. What `train.py` accepts is also started
+for real (every DeepSpeed JSON, one in ten of the others): it takes an optimizer step, is asked to stop, and saves; or it
+answers in a sentence after all. Everything else is a finding, which hypothesis makes as small as it can. Exit status: 0 no
+finding, 1 some.
 """
 
 from __future__ import annotations
@@ -21,17 +23,24 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.faults import SAVED, Forker, surroundings
+
 if TYPE_CHECKING:
     from benchmarks.fuzz_cases import Case
 
 PATIENCE_SECONDS = 20
 """Of the process's own CPU time, which neighbours on the machine do not use up; of waiting, fifteen times as much."""
+START_SECONDS = 120
+"""Of waiting for a real start, which takes two."""
+LARGEST_MODEL = 20_000_000
+"""Parameters of a model that is started for real."""
 SHRINKING_SECONDS = 60
 LINES_PER_MISTAKE = 6
 LONGEST_LINE = 1200
@@ -64,8 +73,11 @@ class _Patience(BaseException):
     """It takes too long."""
 
 
-def check(case: Case) -> str:
-    """Tries a case in a folder of its own; the word for its outcome. Raises Finding."""
+def check(case: Case, starts: Starts | None = None) -> str:
+    """Tries a case in a folder of its own; the word for its outcome. Raises Finding.
+
+    With `starts` some of what is accepted is started for real, in the same folder.
+    """
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = Path(name)
         for file, content in case.files.items():
@@ -77,7 +89,7 @@ def check(case: Case) -> str:
         if _listing(folder) != before:
             raise Finding(case, f"a dry run leaves {sorted(_listing(folder) - before)[:3]}", dry)
         if dry.status == 0:
-            return "accepted"
+            return starts.outcome(case, folder) if starts and is_started(case, dry.out) else "accepted"
         started = ask(case, folder)
         _judge(case, started)
         if _listing(folder) != before:
@@ -85,6 +97,70 @@ def check(case: Case) -> str:
         if (started.status, started.err) != (dry.status, dry.err):
             raise Finding(case, "the dry run and the start give different answers", started)
         return "refused"
+
+
+def is_started(case: Case, said: str) -> bool:
+    """Whether a case that a dry run accepted with these words is also started for real."""
+    sizes = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) parameters", said)]
+    chosen = case.kind == "deepspeed" or zlib.crc32(repr(sorted(case.files.items())).encode()) % 10 == 0
+    return chosen and case.door == "train" and max(sizes, default=0) <= LARGEST_MODEL
+
+
+class Starts:
+    """Real starts of `train.py`, forked from a process that has imported everything; each is asked to stop in its first step."""
+
+    def __init__(self, forker: Forker) -> None:
+        self._forker = forker
+
+    def outcome(self, case: Case, folder: Path) -> str:
+        """`ran` (a step, and saved) or `answered` (ended in a sentence). Raises Finding."""
+        answer, steps = self._start(case, folder)
+        if answer.broken:
+            raise Finding(case, answer.broken, answer)
+        if answer.status in (0, SAVED):
+            if not steps:
+                raise Finding(case, "a start that ends well has taken no step", answer)
+            return "ran"
+        *_, last = ["", *filter(None, answer.err.split("\n"))]
+        if answer.status not in (1, 2) or "Traceback" in answer.err or not NAMED.match(last):
+            end = re.sub(r"\d+", "N", last)[:80]
+            raise Finding(case, f"what a dry run accepts breaks off with status {answer.status}: {end}", answer)
+        return "answered"
+
+    def _start(self, case: Case, folder: Path) -> tuple[Answer, int]:
+        """(what it came to, how many optimizer steps were begun)."""
+        # Whatever the file says, nothing is written elsewhere, and no server is waited for.
+        words = ["run.yaml", *case.words, "output_dir=runs", "tracking.enabled=false"]
+        plan = {"moment": "step", "event": 1, "kind": "sigterm"}
+        ours = {name: os.environ[name] for name in ("DSTRAIN_CACHE", "DSTRAIN_DATA") if name in os.environ}
+        with tempfile.TemporaryDirectory(prefix="fuzz-start-") as name:
+            log, began = Path(name) / "log.txt", time.monotonic()
+            environ = {**surroundings(), **ours, "DSTRAIN_FAULT": json.dumps(plan), "DSTRAIN_FAULT_OUT": name}
+            status, broken = self._end_of(self._forker.start(environ, folder, words, log), began)
+            events = Path(name) / "events.rank0.json"
+            steps = len(json.loads(events.read_text())["begun"]) if events.exists() else 0
+            said = log.read_text(errors="replace")
+        return Answer(status, said, said[-4000:], broken, time.monotonic() - began), steps
+
+    def _end_of(self, process: int, began: float) -> tuple[int, str]:
+        """The exit status of a start, and what is wrong when it had to be killed."""
+        broken = ""
+        while (status := self._forker.status(process)) is None:
+            time.sleep(0.02)
+            if time.monotonic() - began > START_SECONDS and not broken:
+                broken = f"a start has not ended within {START_SECONDS} s"
+                os.kill(process, signal.SIGKILL)
+        return status, broken
+
+
+@contextlib.contextmanager
+def real_starts() -> Iterator[Starts]:
+    """Real starts for as long as they are wanted."""
+    forker = Forker(surroundings())
+    try:
+        yield Starts(forker)
+    finally:
+        forker.close()
 
 
 def _listing(folder: Path) -> set[str]:
@@ -205,16 +281,20 @@ class Tally:
     seconds: float = 0.0
 
 
-def fuzz(kind: str, cases: int, seed: int, tally: Tally, say: Callable[[str], None] = print) -> None:
+def fuzz(
+    kind: str, cases: int, seed: int, tally: Tally, say: Callable[[str], None] = print, starts: Starts | None = None
+) -> None:
     """Tries so many cases of a kind. A defect is made small and said once; met again it is only counted."""
     began, tried, rounds = time.perf_counter(), 0, 0
     while tried < cases:
-        tried += _round(kind, cases - tried, seed * 1000 + rounds, tally, say)
+        tried += _round(kind, cases - tried, seed * 1000 + rounds, tally, say, starts)
         rounds += 1
     tally.seconds += time.perf_counter() - began
 
 
-def _round(kind: str, cases: int, seed: int, tally: Tally, say: Callable[[str], None]) -> int:
+def _round(
+    kind: str, cases: int, seed: int, tally: Tally, say: Callable[[str], None], starts: Starts | None
+) -> int:
     """Cases up to the first new defect, or all; returns how many that were, those left out that made it small."""
     import hypothesis
     from hypothesis import HealthCheck, Phase, given
@@ -238,7 +318,7 @@ def _round(kind: str, cases: int, seed: int, tally: Tally, say: Callable[[str], 
         if time.monotonic() > until and all(case != other.case for other in found.values()):
             return
         try:
-            outcome = check(case)
+            outcome = check(case, starts)
         except Finding as finding:
             tally.outcomes[kind, "finding"] += searching
             if finding.signature not in known:
@@ -301,12 +381,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _limit_memory()
     kinds = [given.kind] if given.kind else list(KINDS)
     tally = Tally()
-    with grounds():
+    with grounds(), real_starts() as starts:
         for place, kind in enumerate(kinds):
-            fuzz(kind, given.cases // len(kinds) + (place < given.cases % len(kinds)), given.seed, tally)
-    print(f"\n{'kind':<10} {'accepted':>9} {'refused':>9} {'finding':>9}")
-    for kind in kinds:
-        print(f"{kind:<10} " + " ".join(f"{tally.outcomes[kind, what]:>9}" for what in ("accepted", "refused", "finding")))
+            cases = given.cases // len(kinds) + (place < given.cases % len(kinds))
+            fuzz(kind, cases, given.seed, tally, starts=starts)
+    print(f"\n{table(tally, kinds)}")
     print(f"{sum(tally.outcomes.values())} cases in {tally.seconds:.0f} s, {len(tally.findings)} defects")
     if given.json:
         import torch
@@ -321,6 +400,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         given.json.write_text(json.dumps(record, indent=1) + "\n")
     return int(bool(tally.findings))
+
+
+def table(tally: Tally, kinds: Sequence[str]) -> str:
+    """What came of the cases, by kind; of those accepted, how many were started for real and what came of that."""
+    counts = tally.outcomes
+    lines = [f"{'kind':<10} {'accepted':>9} {'started':>9} {'ran':>9} {'answered':>9} {'refused':>9} {'finding':>9}"]
+    for kind in kinds:
+        ran, answered, refused, found = (counts[kind, what] for what in ("ran", "answered", "refused", "finding"))
+        accepted = counts[kind, "accepted"] + ran + answered
+        shown = (accepted, ran + answered, ran, answered, refused, found)
+        lines.append(f"{kind:<10} " + " ".join(f"{count:>9}" for count in shown))
+    return "\n".join(lines)
 
 
 def _limit_memory(gigabytes: float = 8) -> None:

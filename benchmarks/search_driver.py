@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+
+from benchmarks.measure import environment
 
 QUIET_SECONDS = 120.0
 MINUTES = (1, 10, 60)
@@ -136,6 +139,7 @@ def measure(trials: int, slots: int, reports: int) -> dict[str, Any]:
             meter.join()
     assert not interrupted
     return {
+        "environment": environment(torch.device("cpu"), torch.get_num_threads(), ("ray", "mlflow")),
         "trials": trials, "slots": slots, "reports": reports, "rows": meter.rows,
         "idle_core_share": meter.idle_core_share,
     }  # fmt: skip

@@ -11,7 +11,8 @@ outside, in the middle of a trial's training:
     node lost      SIGKILL to everything of a Ray node; another node takes its place
     overflow       no injection: its learning rate is absurd, and the loss is soon no number
 
-Printed at the end: how the trials ended by fault, what is left behind (processes of the search, placement groups of the
+Printed at the end: how the trials ended by fault (and how many met it: one that is struck in its last moment, or stopped before
+it allocates again, ends as if nothing had happened), what is left behind (processes of the search, placement groups of the
 cluster, which outlives the search), and the idle share: of the slots' time between the first step of any trial and the last
 start of one, how much passed without a process that trains. Exit status 1 when a trial has no end or anything is left.
 """
@@ -39,8 +40,10 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
+from benchmarks.measure import environment
 from dstrain.readings import READINGS_FILE
 from dstrain.schema import dump_yaml
 from dstrain.search import Candidate, plan_search
@@ -268,22 +271,31 @@ def groups_left(address: str) -> int:
 
 
 def told(candidates: Sequence[Candidate], faults: Faults) -> list[dict[str, Any]]:
-    """One row per kind of fault: how many trials met it, how they ended, and the reasons that were written down."""
+    """One row per kind of fault: for how many trials it was meant, how many met it, how they ended, and the reasons that were
+    written down."""
     rows = []
     for kind in (*KINDS, "none"):
         mine = [one for one in candidates if kind_of(one, faults) == kind]
         ends = Counter(one.state for one in mine)
         reasons = Counter(reason for one in mine for reason in {*one.faults(), *_failure(one)})
-        doubled = sum(_doubled(one) for one in mine)
-        rows.append({"fault": kind, "trials": len(mine), "ends": dict(ends), "reasons": dict(reasons), "doubled": doubled})
+        rows.append({
+            "fault": kind, "trials": len(mine), "met": sum(_met(one, faults.slots) for one in mine), "ends": dict(ends),
+            "reasons": dict(reasons), "doubled": sum(_doubled(one) for one in mine),
+        })  # fmt: skip
     return rows
 
 
 def kind_of(candidate: Candidate, faults: Faults) -> str:
-    """The fault that a trial met."""
+    """The fault that was meant for a trial, and set off."""
     if candidate.settings.stages["finetune"].optim.lr > 1:
         return "overflow"
     return faults.injected.get(candidate.id, "none")
+
+
+def _met(candidate: Candidate, slots: Slots) -> bool:
+    """Whether a fault struck the trial: one was written down, or another process had to go on with it."""
+    processes = sum(stay.trial == candidate.id for stay in slots.stays.values())
+    return bool(candidate.faults() or _failure(candidate)) or processes > 1
 
 
 def _failure(candidate: Candidate) -> set[str]:
@@ -343,6 +355,7 @@ def measure(folder: Path, trials: int, share: float, steps: int, seed: int) -> d
     last_start = max(_first_time(one) for one in search.candidates)
     print((folder / "log").read_text()[-3000:], file=sys.stderr)
     return {
+        "environment": environment(torch.device("cpu"), 1, ("ray", "deepspeed")),
         "trials": len(search.candidates),
         "wall seconds": round(time.monotonic() - started - 10, 1),
         "exit status": searching.returncode,
@@ -374,7 +387,8 @@ def show(figures: dict[str, Any]) -> None:
     print(f"{figures['trials']} trials in {figures['wall seconds']:.0f} s; exit status {figures['exit status']}")
     for row in figures["rows"]:
         ends = ", ".join(f"{count} {state}" for state, count in row["ends"].items())
-        print(f"{row['fault']:<14} {row['trials']:>4} trials: {ends or '-'}; readings doubled in {row['doubled']}")
+        count = f"{row['trials']:>4} trials, {row['met']} struck"
+        print(f"{row['fault']:<14} {count}: {ends or '-'}; readings doubled in {row['doubled']}")
         for reason, count in row["reasons"].items():
             print(f"{'':<14} {count:>4} x {reason[:110]}")
     for name, (count, *rest) in figures["seconds"].items():

@@ -34,6 +34,7 @@ from dstrain.model.encoder import Encoder, EncoderSettings
 from dstrain.objective import ClassifySettings, MlmSettings, ObjectiveSettings, Task
 from dstrain.optim import OptimSettings, build_optimizer, parameter_groups
 from dstrain.precision import LossScaleSettings, choose
+from dstrain.splitting import Piece
 
 SEED = 0
 LR = 1e-4
@@ -225,7 +226,7 @@ def _serve_dstrain(job: Job, pipe: Connection) -> None:
         split = text.splits["train"]
         documents = documents[np.argsort(split.lengths[documents], kind="stable")]  # as `epoch_plan` orders them
         batch = objective.batch(split, documents, epoch=0)
-        return Mine(number, [(0, batch, split.document[documents])], batch.sequences.tokens)
+        return Mine(number, [Piece.whole(batch, split.document[documents], 0)], batch.sequences.tokens)
 
     warmup = mine(0, short, chosen[0])
     take_step(Attempt(engine, warmup.step, warmup.batches, warmup.weight), meter, LR)
