@@ -299,10 +299,9 @@ class Checkpoints:
     """The checkpoints of one stage. Every method is called on every rank; `say` is heard from the first."""
 
     def __init__(
-        self, folder: Path, ranks: Ranks, keep: Keep, say: Callable[[str], None], at_once: bool = False
+        self, folder: Path, ranks: Ranks, keep: Keep, say: Callable[[str], None]
     ) -> None:
-        """With `at_once` nothing is written beside training: for whoever ends a process between two steps without a word."""
-        self._folder, self._ranks, self._keep, self._say, self._at_once = folder, ranks, keep, say, at_once
+        self._folder, self._ranks, self._keep, self._say = folder, ranks, keep, say
         self._damaged: set[Path] = set()
         self._saved_step: int | None = None
         self._best_step = 0
@@ -364,6 +363,11 @@ class Checkpoints:
         minutes = self._keep.minutes
         return minutes is not None and not self._ranks.rank and time.monotonic() - self._saved_at >= 60 * minutes
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether no checkpoint is on its way to the disk, as far as this rank knows: the first one makes it whole."""
+        return self._published is None or self._published.done()
+
     def save(
         self, engine: Engine, step: int, best_step: int, state: Callable[[], dict[str, Any]], needed: bool = False
     ) -> None:
@@ -392,8 +396,6 @@ class Checkpoints:
         self._best_step, self._saved_step, self._writing = best_step, step, writing
         self._part = self._threads.submit(writing.write, files)
         self._published = None if self._ranks.rank else self._threads.submit(self._publish, writing)
-        if self._at_once:
-            self.settle()
         self.count += 1
         self.blocked_seconds = blocked + time.perf_counter() - began
 

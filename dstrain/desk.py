@@ -35,6 +35,8 @@ class Desk:
         self.stopped: dict[str, str] = {}
         self.agenda: Agenda | None = None
         """Where trials that give their processes back are told; None while one of Ray's schedulers rules."""
+        self.left_over: list[Candidate] = []
+        """Trials that one of Ray's schedulers lost before they began."""
         self.idle = False
         """Set by the driver once an interrupted search has nothing running any more."""
         self._closed = False
@@ -161,12 +163,12 @@ class Desk:
         candidate.fault(reason)
         self._board.say(f"{name} {'is interrupted' if self._closed else 'starts again from its checkpoint'}: {reason}")
 
-    def lost(self, name: str) -> bool:
-        """A trial's processes died before it began: whether it is to be started again by the agenda."""
-        if self.agenda is None:
-            return False
-        self.agenda.again(self.candidate(name))
-        return True
+    def lost(self, name: str) -> None:
+        """A trial's processes died before it began: the agenda starts it again, or the driver once Ray's scheduler is done."""
+        if self.agenda is not None:
+            self.agenda.again(self.candidate(name))
+        else:
+            self.left_over.append(self.candidate(name))
 
     def dismissed(self, candidate: Candidate, reason: str) -> None:
         """A trial has waited on a rung in vain."""

@@ -184,10 +184,11 @@ _PATIENCE = timedelta(days=1)
 told by its connection."""
 
 
-def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
+def join_ranks(timeout_minutes: float = 30.0, listener: socket.socket | None = None) -> Ranks:
     """Meets the other ranks (NCCL on GPUs, gloo on CPUs) and picks this rank's device.
 
     `timeout_minutes`: how long ranks wait for one that does not come, and devices for each other.
+    `listener`: where rank 0 listens for the others, if that is open already; nobody can take its port any more.
     Raises UserError when there are more ranks on this machine than GPUs.
     """
     place = find_place(os.environ)
@@ -212,11 +213,13 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
         _load_op(says_that_it_waits=place.local_rank == 0)
         shared_memory = _shared_memory(place)
         shared_memory.unlink(missing_ok=True)  # a killed run's, in which the others would look for this rank's sums
+        backend, timeout = "nccl" if cuda else "gloo", timedelta(minutes=timeout_minutes)
         with _silence():
-            deepspeed.init_distributed(
-                dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
-                timeout=timedelta(minutes=timeout_minutes),
-            )  # fmt: skip
+            if (store := _own_store(place, listener, timeout)) is not None:  # DeepSpeed takes the group that it finds
+                torch.distributed.init_process_group(
+                    backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout
+                )
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
         if shared_memory.exists():
             torch.distributed.barrier()  # by then every rank has opened it, and needs no name
             shared_memory.unlink()
@@ -224,10 +227,43 @@ def join_ranks(timeout_minutes: float = 30.0) -> Ranks:
     return Ranks(place.rank, place.world, device, place.launcher, hosts)
 
 
+def _own_store(place: Place, listener: socket.socket | None, timeout: timedelta) -> Any:
+    """Where the ranks find each other; None where torch is to open the launcher's port itself.
+
+    One rank needs no port, and so never meets another run that was given the same one.
+    """
+    if place.world == 1:
+        return torch.distributed.HashStore()
+    if place.launcher != "ray":
+        return None
+    return torch.distributed.TCPStore(
+        place.address, place.port, place.world, is_master=listener is not None, timeout=timeout, wait_for_workers=False,
+        master_listen_fd=listener.detach() if listener is not None else None,
+    )  # fmt: skip
+
+
 def _shared_memory(place: Place) -> Path:
     """Where DeepSpeed's ranks on the CPUs of one machine add up their gradients: 70 MB for each, which it never frees."""
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place.address}_{place.port}_{place.rank}"
     return Path("/dev/shm") / name
+
+
+@contextlib.contextmanager
+def adding_in_order(wanted: bool) -> Iterator[None]:
+    """Inside, torch and cuBLAS take kernels that add up in the same order every time, where they have any, and warn of others.
+
+    dstrain's own kernels are all of that kind. On a CPU all kernels are, with the same number of threads.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's documented condition; it looks when it first works
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def leave_ranks() -> None:

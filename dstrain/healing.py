@@ -28,6 +28,8 @@ from dstrain.readings import say_aloud
 from dstrain.schema import Settings, setting
 from dstrain.splitting import Piece, beginning, split
 
+_PIECES_FILE = "pieces.json"
+
 
 class HealingSettings(Settings):
     """What is tried before a stage whose numbers break is given up."""
@@ -87,7 +89,12 @@ def short_of_memory(piece: Piece) -> Iterator[None]:
     except Exception as error:
         if not is_shortage(error):
             raise
-        raise RanShort(piece, str(error).partition("\n")[0]) from error
+        raise RanShort(piece, first_line(error)) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the traceback that torch may add."""
+    return str(error).partition("\n")[0]
 
 
 def is_shortage(error: BaseException) -> bool:
@@ -145,7 +152,7 @@ class Healer:
         built that computes in bf16."""
         self._engine, self._settings, self._name, self._diverged = engine, settings, name, diverged
         self._bf16_at_hand = bf16_at_hand
-        self._note = folder / "pieces.json"
+        self._folder = folder
         self._scale = engine.loss_scale
         self.events: dict[str, float] = {}
         """What happened in the last step, as values of a reading; empty when nothing did."""
@@ -162,16 +169,10 @@ class Healer:
             health = replace(health, in_a_row=0, attention_in_fp32=widened)
         if health.attention_in_fp32:
             attend_in_fp32(self._engine.task)
-        pieces = self._engine.ranks.agree(max(health.pieces, self._noted()))
+        pieces = self._engine.ranks.agree(max(health.pieces, noted_pieces(self._folder)))
         if pieces > health.pieces:
             self._carried["pieces"] = float(pieces)
         return replace(health, pieces=pieces)
-
-    def _noted(self) -> int:
-        try:
-            return int(json.loads(self._note.read_text())["pieces"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 1
 
     def step(self, attempt: Attempt, number: int, health: Health, take: Callable[[int], None]) -> Health:
         """Has optimizer step `number` of the stage taken by `take(pieces)`, or left out, and says what was done.
@@ -226,12 +227,6 @@ class Healer:
             "held": peak_memory_gb(self._engine.ranks.device), "asked": str(error),
         }  # fmt: skip
 
-    @property
-    def _way_out(self) -> str:
-        return (
-            f"lower stages.{self._name}.max_length, set encoder.activation_checkpointing, or take a device with more memory"
-        )
-
     def _cut_finer(self, shortages: list[dict[str, Any]], number: int, health: Health) -> Health:
         alone = next((found for found in shortages if found["sequences"] == 1), None)
         if alone:
@@ -254,15 +249,8 @@ class Healer:
             held = peak_memory_gb(self._engine.ranks.device)
             found = {"document": document, "tokens": tokens, "held": held, "asked": asked}
             return TooLarge(self._too_large(found, "the longest of this step"))
-        pieces = 2 * health.pieces
-        self._note.parent.mkdir(parents=True, exist_ok=True)
-        draft = self._note.with_suffix(f".{self._engine.ranks.rank}.draft")
-        draft.write_text(json.dumps({"pieces": pieces}))
-        draft.replace(self._note)
-        return OutOfMemory(
-            f"{self._name}: memory ran out in the middle of a step that the ranks take together ({asked}); the same "
-            f"command goes on from the last checkpoint, with each micro-batch in {pieces} pieces"
-        )
+        where = f"{self._name}: memory ran out in the middle of a step that the ranks take together ({asked})"
+        return in_more_pieces(self._folder, self._engine.ranks.rank, health.pieces, where)
 
     def _too_large(self, found: dict[str, Any], which: str) -> str:
         """That the document that was `found` cannot be learned from."""
@@ -271,7 +259,7 @@ class Healer:
             f"{self._name}: document {found['document']} of the training split, counted from 0 ({tokens} tokens in one "
             f"sequence, {which}), does not fit into memory even alone: it takes about "
             f"{activations_gb(task.encoder, tokens):.1f} GB beside the model by estimate, {found['held']:.1f} GB were "
-            f"held in all at most, and then: {found['asked']}; {self._way_out}"
+            f"held in all at most, and then: {found['asked']}; {way_out(self._name)}"
         )
 
     def _next_rung(self, attempt: Attempt, number: int, health: Health) -> tuple[Health, bool]:
@@ -333,6 +321,49 @@ class Healer:
     def _say(self, sentence: str) -> None:
         if self._engine.ranks.rank == 0:
             say_aloud(f"{self._name}: {sentence}")
+
+
+def way_out(name: str) -> str:
+    """What helps where memory runs out in a stage and nothing can be cut any finer."""
+    return f"lower stages.{name}.max_length, set encoder.activation_checkpointing, or take a device with more memory"
+
+
+# ------------------------------------------------------------------------------- what only a new start can put right
+
+
+def noted_pieces(folder: Path) -> int:
+    """Into how many pieces an earlier start says that this stage's micro-batches are to be cut."""
+    try:
+        return int(json.loads((folder / _PIECES_FILE).read_text())["pieces"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
+
+
+def in_more_pieces(folder: Path, rank: int, pieces: int, where: str) -> OutOfMemory:
+    """Leaves word that a stage's micro-batches are to be cut twice as fine as into `pieces`."""
+    file = folder / _PIECES_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(f".{rank}.draft")
+    draft.write_text(json.dumps({"pieces": 2 * pieces}))
+    draft.replace(file)
+    return OutOfMemory(
+        f"{where}; the same command goes on from the last checkpoint, with each micro-batch in {2 * pieces} pieces"
+    )
+
+
+@contextmanager
+def evaluating(name: str, folder: Path, rank: int, pieces: int, finest: int) -> Iterator[None]:
+    """Turns memory that runs out in an evaluation into OutOfMemory, or TooLarge where its batches, already cut into `pieces`,
+    are no smaller than when cut into `finest`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        where = f"{name}: memory ran out in an evaluation ({first_line(error)})"
+        if pieces >= finest:
+            raise TooLarge(f"{where}, whose batches cannot be any smaller; {way_out(name)}") from error
+        raise in_more_pieces(folder, rank, pieces, where) from error
 
 
 def ids(documents: np.ndarray, most: int = 12) -> str:

@@ -24,7 +24,7 @@ from dstrain.data.batches import EpochPlan, epoch_plan, evaluation_plan
 from dstrain.data.cache import Corpus, TokenSplit
 from dstrain.data.corpora import CorpusSettings
 from dstrain.engine import Diverged, Engine, Ranks, peak_memory_gb
-from dstrain.healing import Attempt, GaveOut, Healer, HealingSettings, Health
+from dstrain.healing import Attempt, GaveOut, Healer, HealingSettings, Health, evaluating
 from dstrain.metrics import Tally
 from dstrain.model.attention.report import DOCUMENTS, evenly, report_attention, summed_up
 from dstrain.objective import Objective, ObjectiveSettings, Task
@@ -290,13 +290,14 @@ class Site:
 def fit(
     engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, course: Course, site: Site,
     checkpoints: Checkpoints, report: Report, asked_to_stop: Asked = never, told_to_stop: Asked = never,
-    bf16_at_hand: bool = False,
+    at_rest: Callable[[], object] = never, bf16_at_hand: bool = False,
 ) -> Progress:  # fmt: skip
     """Trains one stage to its end, from its checkpoint where there is one.
 
     Leaves `best.safetensors` (the weights that the selection metric chose; the last ones without a validation split)
     in the stage's folder. `asked_to_stop` is called before every step on every rank, `told_to_stop` between the batches of
-    an evaluation; one rank that is asked stops them all.
+    an evaluation; one rank that is asked stops them all. `at_rest` is called before a step, where no checkpoint of this
+    rank's is on its way to the disk.
     Raises Interrupted after saving when that happens, GaveOut after saving when fp16 is to give way to `bf16_at_hand`,
     Diverged when the loss is not a number, Unsaved when the disk does not take what it must.
     """
@@ -316,7 +317,7 @@ def fit(
     def follow_up(progress: Progress) -> Progress:
         """What is due after a step, before its checkpoint."""
         due = course.due(progress.step)
-        with meter.paused():
+        with meter.paused(), evaluating(site.name, site.folder, ranks.rank, progress.health.pieces, finest(corpus, stage)):
             if due.evaluation:
                 try:
                     progress = judge(engine, objective, corpus, stage, site, progress, course.total_steps, report, told_to_stop)
@@ -336,6 +337,8 @@ def fit(
             save(engine, checkpoints, progress, meter)
     steps = range(progress.step, progress.step if progress.stopped else course.total_steps)
     for mine in prepared(course, split, objective, ranks, steps):
+        if checkpoints.at_rest:
+            at_rest()
         weight, asked, late = ranks.add(mine.weight, asked_to_stop(), checkpoints.late)
         if asked or late:
             with meter.paused():
@@ -435,7 +438,8 @@ def judge(
     if "valid" not in corpus.splits:
         keep(engine, best_file)
         return progress
-    figures = evaluate(engine, objective, corpus.splits["valid"], stage.tokens_per_batch, engine.ranks, told_to_stop)
+    split, pieces = corpus.splits["valid"], progress.health.pieces
+    figures = evaluate(engine, objective, split, budget(stage, split, pieces), engine.ranks, told_to_stop)
     metric, mode = stage.selection
     value = figures[metric]
     if progress.best is None:
@@ -505,6 +509,16 @@ def keep(engine: Engine, file: Path) -> None:
             draft.unlink(missing_ok=True)
     if problem := engine.ranks.agree(problem):
         raise Unsaved(problem)
+
+
+def budget(stage: StageSettings, split: TokenSplit, pieces: int) -> int:
+    """Tokens of an evaluation's batches: those of a micro-batch's pieces, which fit into memory, but a document at least."""
+    return max(stage.tokens_per_batch // pieces, int(split.lengths.max()))
+
+
+def finest(corpus: Corpus, stage: StageSettings) -> int:
+    """From so many pieces on an evaluation's batches are as small as they get."""
+    return math.ceil(stage.tokens_per_batch / max(int(split.lengths.max()) for split in corpus.splits.values()))
 
 
 @torch.no_grad()

@@ -23,10 +23,23 @@ from dstrain.checkpoints import Checkpoints, put_in_place, standing
 from dstrain.data.cache import Corpus, cache_home, open_corpus, open_vocabulary
 from dstrain.data.vocabulary import Vocabulary
 from dstrain.ds_plan import Facts, read_plan, resolve
-from dstrain.engine import Engine, Ranks
+from dstrain.engine import Engine, Ranks, adding_in_order, local_size
 from dstrain.evidence import collect
-from dstrain.healing import GaveOut, OutOfMemory, attend_in_fp32
-from dstrain.loop import Asked, Course, Interrupted, Progress, Site, StageSettings, evaluate, fit, never
+from dstrain.healing import GaveOut, OutOfMemory, attend_in_fp32, evaluating, noted_pieces
+from dstrain.loop import (
+    Asked,
+    Course,
+    Interrupted,
+    Progress,
+    Site,
+    StageSettings,
+    budget,
+    evaluate,
+    finest,
+    fit,
+    never,
+)
+from dstrain.memory_limit import at_most, job_limit, share_of
 from dstrain.model.encoder import Encoder
 from dstrain.objective import Objective, Task
 from dstrain.optim import build_optimizer, parameter_groups
@@ -62,9 +75,9 @@ class Watch:
     asked_to_stop: Asked = never
     """Called before every step, on every rank."""
     told_to_stop: Asked = never
-    """Only looks; called between the batches of an evaluation, on every rank."""
-    may_end_there: bool = False
-    """Whether `asked_to_stop` may end the process: a checkpoint is on disk before it is called."""
+    """Called between the batches of an evaluation, on every rank."""
+    at_rest: Callable[[], object] = never
+    """Called before a step where no checkpoint is on its way to the disk: whoever ends the process there loses little."""
 
 
 def run(
@@ -129,8 +142,13 @@ def run(
         task.to(ranks.device, precision.dtype)
         if progress.health.attention_in_fp32:
             attend_in_fp32(task)
+        split, pieces = corpus.splits["test"], ranks.agree(max(progress.health.pieces, noted_pieces(site.folder)))
         try:
-            figures = evaluate(task, objective, corpus.splits["test"], stage.tokens_per_batch, ranks, watch.told_to_stop)
+            with (
+                at_most(memory_share(ranks)),
+                evaluating(name, site.folder, ranks.rank, pieces, finest(corpus, stage)),
+            ):
+                figures = evaluate(task, objective, split, budget(stage, split, pieces), ranks, watch.told_to_stop)
         except Interrupted:
             raise Interrupted("every stage is trained and kept; the test split is yet to be read") from None
         outcome.test.update(figures)
@@ -148,7 +166,8 @@ def run_patiently(
     gave out."""
     while True:
         try:
-            return run(settings, ranks, watch, accept_changed_data, agreed)
+            with adding_in_order(settings.deterministic and ranks.device.type == "cuda"):
+                return run(settings, ranks, watch, accept_changed_data, agreed)
         except GaveOut as error:
             with ranks.first() as mine:
                 if mine:
@@ -171,12 +190,15 @@ def train(
         watch.say(f"{site.name}: {on_disk(stage, ready, task)}")
     optimizer = build_optimizer(groups(task, stage), stage.optim, ranks.device)
     engine = Engine(task, optimizer, ready.plan, ranks)
-    checkpoints = Checkpoints(site.folder / CHECKPOINTS, ranks, stage.keep, watch.say, watch.may_end_there)
+    share = memory_share(ranks)
+    if share:
+        watch.say(f"{site.name}: memory of this rank: {share / 1e9:.1f} GB, its share of the job's limit")
+    checkpoints = Checkpoints(site.folder / CHECKPOINTS, ranks, stage.keep, watch.say)
     try:
-        with checkpoints:
+        with at_most(share), checkpoints:
             progress = fit(
                 engine, ready.objective, ready.corpus, stage, ready.course, site, checkpoints, watch.report,
-                watch.asked_to_stop, watch.told_to_stop, all(ranks.gather(ready.bf16_at_hand)),
+                watch.asked_to_stop, watch.told_to_stop, watch.at_rest, all(ranks.gather(ready.bf16_at_hand)),
             )  # fmt: skip
     finally:
         engine.close()
@@ -186,6 +208,12 @@ def train(
         if mine:
             write_whole(site.folder / "done.json", json.dumps(asdict(progress)))
     return progress
+
+
+def memory_share(ranks: Ranks) -> int | None:
+    """This rank's part of what the job may hold on this machine, in bytes; None on a GPU, and where there is no limit."""
+    limit = job_limit() if ranks.device.type == "cpu" else None
+    return limit and share_of(limit, local_size(os.environ))
 
 
 # ----------------------------------------------------------------------------------------------- before training

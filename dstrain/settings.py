@@ -64,6 +64,9 @@ class RunSettings(Settings):
     """Dynamic loss scaling; only fp16 uses it."""
     deepspeed: Path = Path("ds_configs/zero1.json")
     """DeepSpeed JSON: memory and precision only; "auto" follows this file."""
+    deterministic: bool = False
+    """On a GPU, only kernels that add up in the same order every time: slower, and a resumed run then ends bit for bit where
+    an undisturbed one does. On CPUs that is so anyway."""
     tracking: TrackingSettings = TrackingSettings()
     """Where MLflow keeps the readings."""
 

@@ -258,6 +258,33 @@ def test_where_only_a_new_start_helps_there_is_an_end_to_new_starts(
         start_again()
 
 
+@pytest.mark.parametrize("tokens", [200, 60])
+def test_memory_that_runs_out_in_an_evaluation_makes_its_batches_smaller(
+    tokens: int, small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In the middle of a stage and in the test split, with the same figures; until a batch is one document."""
+    whole = train_here(run_of(small_corpus, tmp_path, name="whole"), ranks)
+    intact = Encoder.forward
+
+    def forward(self: Encoder, batch: Batch) -> Tensor:
+        if not self.training and batch.sequences.tokens > tokens:
+            torch.empty(1 << 50)
+        return intact(self, batch)
+
+    monkeypatch.setattr(Encoder, "forward", forward)
+    tree = run_of(small_corpus, tmp_path, name="cut")
+    if tokens < 64:
+        with pytest.raises(TooLarge, match=r"finetune: memory ran out in an evaluation \(.*batches cannot be any smaller"):
+            train_here(tree, ranks, patiently=True)
+        return
+    cut = train_here(tree, ranks, patiently=True)
+    assert "ran out in an evaluation" in (said := capsys.readouterr().err) and "with each micro-batch in 4 pieces" in said
+    assert cut.losses("finetune", "valid")[-2:] == pytest.approx(whole.losses("finetune", "valid"), rel=1e-5)
+    assert cut.outcome is not None and whole.outcome is not None
+    assert cut.outcome.test == pytest.approx(whole.outcome.test, rel=1e-5)
+
+
 def test_a_document_that_does_not_fit_alone_is_named(
     small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

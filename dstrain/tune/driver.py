@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dstrain.agenda import Agenda
 from dstrain.desk import DIED, Desk
+from dstrain.memory_limit import SHARES
 from dstrain.preparation import Records, texts_of
 from dstrain.rungs import HyperbandSettings, PbtSettings
 from dstrain.search import Candidate, Search
@@ -59,11 +60,10 @@ class Driver:
         bell = ray.remote(Bell).options(name=BELL, num_cpus=0, max_concurrency=100_000, scheduling_strategy=here).remote()
         with Desk(self._search) as desk:
             trials = self._search.pending()
-            own = ray_scheduler(self._search, desk)
-            if own is not None and trials and not self._stop.is_set():
+            while trials and (own := ray_scheduler(self._search, desk)) is not None and not self._stop.is_set():
                 plans = tune.grid_search([self._plan(candidate) for candidate in trials])
                 self._fit(desk, bell, own, param_space={"trial": plans})  # Ray's schedulers want all from the start
-                trials = []
+                trials, desk.left_over = desk.left_over, []
             if not self._stop.is_set():
                 self._by_agenda(desk, bell, trials)
         unended = any(candidate.ended() is None for candidate in self._search.everyone())
@@ -114,7 +114,9 @@ class Driver:
             "faults_allowed": own_faults(candidate.folder) + search.settings.max_failures,  # anew with every start
             "on_same_seats": not isinstance(search.settings.scheduler, (HyperbandSettings, PbtSettings)),
             "silence_seconds": 60 * search.settings.silence_minutes,
-            "environ": {**_carried(os.environ), **({} if self._needs.gpus else NO_GPU)},
+            "environ": {
+                **_carried(os.environ), SHARES: str(self._vacancies.sharing()), **({} if self._needs.gpus else NO_GPU),
+            },
         }
         exchanging = isinstance(search.settings.scheduler, PbtSettings)
         return {**plan, "mutable": mutable(search, candidate)} if exchanging else plan
@@ -144,6 +146,11 @@ class Vacancies:
         if time.monotonic() - self._asked > ROOM_SECONDS:
             self._asked, self._room = time.monotonic(), Room.of_cluster()
         return self._room.concurrent(self._needs, self._settings.max_concurrent)
+
+    def sharing(self) -> int:
+        """How many ranks may come to share a node and its memory."""
+        self()
+        return self._room.ranks_on_a_node(self._needs, self._settings.max_concurrent)
 
     def look(self, say: Callable[[str], None]) -> bool:
         """Says now and then that no trial fits any more, as when a node was lost; whether that lasts too long to wait on."""
@@ -281,5 +288,7 @@ class Events(Unpickled, Callback):
         self._happened = time.monotonic()
         self._failed.add(trial.trial_id)
         self._dismiss(trial)
-        if not (trial.should_recover() and self._desk.lost(name_of(trial))):
+        if trial.should_recover():
+            self._desk.lost(name_of(trial))
+        else:
             self._desk.ended(name_of(trial), DIED)

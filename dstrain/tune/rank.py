@@ -5,7 +5,8 @@
 Importing torch and DeepSpeed takes seconds, forking takes milliseconds, and a child is a process of its own with an
 engine of its own that ends with its run. Everything said travels as JSON in frames:
 
-    to the child     {"run": {...}, ...} an Order      {"do": "go on"}      {"do": "stop"}
+    to the child     {"run": {...}, ...} an Order, followed by an open socket if it "listens"
+                     {"do": "go on"}      {"do": "stop"}
     from the child   {"began": pid}    {}, a sign of life    {"progress": [step, total, value]}
                      {"ended": status}, the exit status as `work` returns it, or the negative number of a signal
 """
@@ -17,6 +18,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -66,10 +68,13 @@ def main(line: Connection) -> None:
             return
         if "run" not in message:
             continue  # a word to a child that has ended meanwhile
+        listener = receive_socket(line) if message.pop("listens") else None
         child = os.fork()
         if child == 0:
             die_with_parent()
-            os._exit(work(line, Order(**message)))
+            os._exit(work(line, Order(**message), listener))
+        if listener is not None:
+            listener.close()  # the child's now
         send(line, {"began": child})
         _, status = os.waitpid(child, 0)
         send(line, {"ended": os.waitstatus_to_exitcode(status)})
@@ -87,6 +92,13 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def receive_socket(line: Connection) -> socket.socket:
+    """The open socket that the seat sends after an order."""
+    with socket.socket(fileno=os.dup(line.fileno())) as own:
+        _, (number,), _, _ = socket.recv_fds(own, 1, 1)
+    return socket.socket(fileno=number)
+
+
 def send(line: Connection, message: Mapping[str, Any]) -> None:
     """Sends one message, if anybody still listens."""
     try:
@@ -98,11 +110,14 @@ def send(line: Connection, message: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------- a child
 
 
-def work(line: Connection, order: Order) -> int:
-    """Runs an order in this process and returns its exit status: 0 also after a stop, 2 when another attempt is no use."""
+def work(line: Connection, order: Order, listener: socket.socket | None) -> int:
+    """Runs an order in this process and returns its exit status: 0 also after a stop, 2 when another attempt is no use.
+
+    `listener`: where this rank listens for the others, on the first one.
+    """
     os.environ.update(order.environ)
     try:
-        Rank(line).train(order)
+        Rank(line).train(order, listener)
     except Exception as error:
         from dstrain.engine import Diverged
         from dstrain.healing import TooLarge
@@ -116,8 +131,8 @@ def work(line: Connection, order: Order) -> int:
 class Rank:
     """One data-parallel process of a trial: trains in the main thread and listens in another.
 
-    The deciding metric is handed over at the boundary after its step, when the checkpoint of that step is written:
-    whoever is paused or stopped on it has lost nothing.
+    The deciding metric is handed over once the checkpoint of its step is on disk, some steps later where these are short:
+    whoever is paused or stopped on it has lost no more than those.
     """
 
     def __init__(self, line: Connection) -> None:
@@ -143,7 +158,7 @@ class Rank:
         with self._speaking:
             send(self._line, message)
 
-    def train(self, order: Order) -> None:
+    def train(self, order: Order, listener: socket.socket | None) -> None:
         """Runs the run to its end, or until it is told to stop and has saved."""
         from dstrain.engine import join_ranks, leave_ranks
         from dstrain.loop import Interrupted
@@ -153,7 +168,7 @@ class Rank:
         from dstrain.texts import TextRecord
 
         settings = validate(RunSettings, dict(order.run), order.source)
-        ranks = join_ranks()
+        ranks = join_ranks(listener=listener)
         with ranks.first() as mine:
             if mine:
                 claim_patiently(settings)
@@ -174,9 +189,9 @@ class Rank:
         from dstrain.readings import JsonLines, fan_out
         from dstrain.run import Watch
 
+        stop = self._stop.is_set
         if rank:
-            stop = self._stop.is_set
-            return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, stop, stop, True)
+            return Watch(lambda reading: None, lambda sentence: None, lambda tags: None, stop, stop)
         log = (folder / "train.log").open("a", buffering=1, encoding="utf-8")
 
         def say(sentence: str) -> None:
@@ -186,7 +201,7 @@ class Rank:
 
         self._lines = JsonLines(folder)
         report = fan_out(self._lines, lambda reading: self._note(reading, metric))
-        return Watch(report, say, lambda tags: write_tags(folder, tags), self._asked_to_stop, self._stop.is_set, True)
+        return Watch(report, say, lambda tags: write_tags(folder, tags), stop, stop, self._hand_over)
 
     def _note(self, reading: Reading, metric: str) -> None:
         """Keeps the deciding metric for the next boundary; any reading is a sign of life."""
@@ -194,10 +209,6 @@ class Rank:
         if metric in keyed:
             self._due.append([reading.step, reading.total_steps, keyed[metric]])
         self._say({})
-
-    def _asked_to_stop(self) -> bool:
-        self._hand_over()
-        return self._stop.is_set()
 
     def _hand_over(self) -> None:
         """Gives what is due to the trial's actor and waits for the scheduler's word on it."""

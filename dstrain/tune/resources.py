@@ -70,6 +70,11 @@ class Room:
         fit = sum(one // needs.ranks for one in ranks) if needs.together else sum(ranks) // needs.ranks
         return min(fit, bound) if bound else fit
 
+    def ranks_on_a_node(self, needs: Needs, bound: int | None) -> int:
+        """How many ranks may come to share a node."""
+        most = max((self._ranks_on(node, needs) for node in self.nodes), default=0)
+        return max(1, min(most, self.concurrent(needs, bound) * needs.ranks))
+
     @staticmethod
     def _ranks_on(node: tuple[float, float], needs: Needs) -> int:
         shares = [had / taken for had, taken in zip(node, (needs.cpus, needs.gpus), strict=True) if taken]

@@ -39,6 +39,7 @@ class Seat:
                 pass_fds=[theirs.fileno()], env={**os.environ, **environ}, start_new_session=True,
             )  # fmt: skip
         self._line = Connection(ours.detach())
+        self._listener: socket.socket | None = None
         self._news: queue.Queue[dict[str, Any]] = queue.Queue()
         self._run = ""
         self.child: int | None = None
@@ -60,11 +61,10 @@ class Seat:
         self._empty.set()
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 listens for the others."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, int(probe.getsockname()[1])
+        """Where rank 0 will listen for the others. The port is open from now on, so that nobody else takes it."""
+        self._listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+        host, port = self._listener.getsockname()
+        return str(host), int(port)
 
     def begin(self, run: str, order: Mapping[str, Any]) -> None:
         """Has a new process train what `order` (an Order, as a mapping) says; `run` is a name that no other run has."""
@@ -73,7 +73,11 @@ class Seat:
             self._news.get()  # of the run before
         self._run = run
         self._empty.clear()
-        self._send(Order(**order)._asdict())
+        listener, self._listener = self._listener, None
+        self._send({**Order(**order)._asdict(), "listens": listener is not None})
+        if listener is not None:
+            with listener, socket.socket(fileno=os.dup(self._line.fileno())) as line, contextlib.suppress(OSError):
+                socket.send_fds(line, [b"."], [listener.fileno()])  # fails where the nursery has died, which is told already
 
     def news(self) -> dict[str, Any]:
         """The next message of the process; waits for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -124,6 +125,18 @@ def test_at_every_stage_two_ranks_are_one_with_twice_the_accumulation(
     assert "finetune" in done.stdout and "test: " in done.stdout and "FutureWarning" not in done.stderr
     train_here(tiny_run(small_corpus, tmp_path, name="one", **HARD, **DOUBLE, precision=precision), ranks)
     check_same_curve(tmp_path / "two", tmp_path / "one", tolerance)
+
+
+def test_one_rank_needs_no_port(tmp_path: Path) -> None:
+    """Two runs of `deepspeed` or `torchrun` on one machine are given the same one where nobody says otherwise."""
+    with socket.create_server(("127.0.0.1", 0)) as others:
+        place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        program = "from dstrain.engine import *; ranks = join_ranks(); print(ranks.agree(ranks.world)); leave_ranks()"
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
+            env=os.environ | place | {"MASTER_PORT": str(others.getsockname()[1]), "DS_ACCELERATOR": "cpu"},
+        )
+    assert done.returncode == 0 and done.stdout == "1\n", done.stderr
 
 
 def stopped_after(file: Path, world: int, stage: str, step: int) -> str:

@@ -9,6 +9,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from searches import begin, our_processes, ranks_of, search_file, wait_for
 
+from dstrain.memory_limit import SHARES
 from dstrain.search import plan_search
 from dstrain.settings import read_document
 from dstrain.tune import driver
@@ -68,12 +69,14 @@ def test_ranks_of_trials_without_gpus_see_none(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
     monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr(driver.Room, "of_cluster", lambda: Room(((2.0, 0.0), (4.0, 1.0))))
     search = plan_search(read_document(search_file(small_corpus, tmp_path, {"seed": [0, 1]})))
     (without, with_one) = (
         driver.Driver(search, needs, threading.Event())._plan(search.candidates[0])["environ"]
         for needs in (Needs(1, 1, 0), Needs(1, 1, 1))
     )
-    assert without == {**with_one, "CUDA_VISIBLE_DEVICES": ""}
+    assert without == {**with_one, "CUDA_VISIBLE_DEVICES": "", SHARES: "4"}
+    assert with_one[SHARES] == "1"
     assert with_one["NCCL_DEBUG"] == "WARN" and not {"CUDA_VISIBLE_DEVICES", "HF_TOKEN"} & set(with_one)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -124,6 +125,28 @@ def test_a_run_that_is_ended_is_gone_and_only_the_run_that_was_meant(
     assert seat.end("another, long ago") and process.is_running()
     assert seat.end("first") and gone(process)
     assert next_of(seat, "ended") == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_nobody_takes_the_port_on_which_a_first_rank_is_going_to_listen(
+    seat: Seat, small_corpus: Path, tmp_path: Path
+) -> None:
+    """It is open from the moment it is known, and what the rank listens on: two ranks on two seats meet there."""
+    seats = (seat, Seat({"OMP_NUM_THREADS": "1"}))
+    host, port = seat.address()
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server((host, port))
+    for rank, one in enumerate(seats):
+        told = order(tree(small_corpus, tmp_path))
+        told["environ"] |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        told["environ"] |= {"DSTRAIN_LAUNCHER": "ray"}
+        one.begin("pair", told)
+    for _ in range(2):
+        next_of(seat, "progress")
+        seat.go_on()
+    assert [next_of(one, "ended") for one in seats] == [0, 0]
+    seats[1].close()
+    socket.create_server((host, port)).close()  # and free again
 
 
 @pytest.mark.slow
