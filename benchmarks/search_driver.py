@@ -39,11 +39,14 @@ def simulated(quiet_from: float) -> Callable[[dict[str, Any]], None]:
     the middle of a long epoch first."""
 
     def trial(config: dict[str, Any]) -> None:
+        import ray
         from ray import tune
 
         from dstrain.readings import JsonLines, Reading
+        from dstrain.tune.bell import BELL
 
-        run = config["trial"]["run"]
+        plan: Any = ray.get(ray.get_actor(BELL).begin.remote(config["trial"]["id"]))
+        run = plan["run"]
         lr, reports = run["stages"]["finetune"]["optim"]["lr"], run["stages"]["finetune"]["steps"]
         if lr >= quiet_from:
             time.sleep(QUIET_SECONDS)

@@ -467,10 +467,11 @@ class Agent:
 
     def _doors(self, dashboard: bool) -> list[str]:
         """The dashboard on loopback or not at all; Ray's client server, where there is one, off its default port."""
-        flags = [f"--include-dashboard={str(dashboard).lower()}"]
         if dashboard and importlib.util.find_spec("aiohttp_cors") is None:
             self._attempt.say("no dashboard without its packages: pip install 'ray[default]'")
-        elif dashboard:
+            dashboard = False
+        flags = [f"--include-dashboard={str(dashboard).lower()}"]
+        if dashboard:
             port = free_port("127.0.0.1", 20_000 + int(self._attempt.job) % 20_000)
             flags += ["--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
             self._attempt.say(f"Ray's dashboard: http://127.0.0.1:{port}, on this node only")

@@ -204,6 +204,7 @@ class Desk:
     def _finish(self, candidate: Candidate, ended: Ended) -> None:
         self._begun.discard(candidate.id)
         _tell(self._run(candidate), candidate, ended)
+        del self._runs[candidate.id]  # the tracker keeps it until it is sent, and nobody for longer
         self._board.ended(candidate, ended)
 
 

@@ -403,6 +403,7 @@ class Courier:
             if wanted.ended is not None:
                 self._send_artifacts(folder, wanted, sent)
                 self._client.set_terminated(sent.run_id, wanted.status, round(wanted.ended * 1000))
+                del self._attached[wanted.key]  # a search would keep those of every trial it has known
             sent.revision = wanted.revision
             self._keep(folder, sent)
 

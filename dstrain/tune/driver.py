@@ -9,11 +9,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune import Callback, Stopper
+from ray.tune import Stopper
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -61,8 +63,8 @@ class Driver:
         with Desk(self._search) as desk:
             trials = self._search.pending()
             while trials and (own := ray_scheduler(self._search, desk)) is not None and not self._stop.is_set():
-                plans = tune.grid_search([self._plan(candidate) for candidate in trials])
-                self._fit(desk, bell, own, param_space={"trial": plans})  # Ray's schedulers want all from the start
+                known = tune.grid_search([self._announce(bell, candidate) for candidate in trials])
+                self._fit(desk, bell, own, param_space={"trial": known})  # Ray's schedulers want all from the start
                 trials, desk.left_over = desk.left_over, []
             if not self._stop.is_set():
                 self._by_agenda(desk, bell, trials)
@@ -73,7 +75,7 @@ class Driver:
         propose = learn(self._search) if self._search.space is not None else None
         agenda = Agenda(self._search, desk.rungs, self._vacancies, desk.dismissed, trials, propose)
         desk.agenda = agenda
-        self._fit(desk, bell, RungScheduler(desk), search_alg=Asking(agenda, self._plan, self._stop))
+        self._fit(desk, bell, RungScheduler(desk), search_alg=Asking(agenda, partial(self._announce, bell), self._stop))
 
     def _fit(self, desk: Desk, bell: Any, scheduler: Any, search_alg: Any = None, param_space: Any = None) -> None:
         search, grid = self._search, search_alg is None
@@ -99,10 +101,16 @@ class Driver:
             warnings.simplefilter("ignore")
             thread.submit(tuner.fit).result()
 
+    def _announce(self, bell: Any, candidate: Candidate) -> dict[str, Any]:
+        """Tells the bell what a trial is to do, and returns what Tune is to know of it."""
+        ray.get(bell.expect.remote(candidate.id, self._plan(candidate)))
+        exchanging = isinstance(self._search.settings.scheduler, PbtSettings)
+        return {"id": candidate.id, **({"mutable": mutable(self._search, candidate)} if exchanging else {})}
+
     def _plan(self, candidate: Candidate) -> dict[str, Any]:
         """All that a trial's actor needs, as plain data."""
         search = self._search
-        plan = {
+        return {
             "id": candidate.id,
             "run": dict(plain(candidate.settings)),
             "source": search.document.source,
@@ -118,8 +126,6 @@ class Driver:
                 **_carried(os.environ), SHARES: str(self._vacancies.sharing()), **({} if self._needs.gpus else NO_GPU),
             },
         }
-        exchanging = isinstance(search.settings.scheduler, PbtSettings)
-        return {**plan, "mutable": mutable(search, candidate)} if exchanging else plan
 
 
 def _carried(environ: Mapping[str, str]) -> dict[str, str]:
@@ -181,22 +187,22 @@ class Asking(Unpickled, Searcher):
     """Tune's view of the agenda."""
 
     def __init__(
-        self, agenda: Agenda, plan: Callable[[Candidate], dict[str, Any]], stop: threading.Event
+        self, agenda: Agenda, announce: Callable[[Candidate], dict[str, Any]], stop: threading.Event
     ) -> None:
         super().__init__()
-        self._agenda, self._plan, self._stop = agenda, plan, stop
+        self._agenda, self._announce, self._stop = agenda, announce, stop
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
         """Nothing to set: the agenda knows what it searches."""
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """Whom to start now: a plan, None for nobody just now, or that all is done."""
+        """Whom to start now: None for nobody just now, or that all is done."""
         if self._stop.is_set():
             self._agenda.close()  # while nothing runs Tune asks here only, and no event comes
         candidate = self._agenda.next()
         if candidate is not None:
-            return {"trial": self._plan(candidate)}
+            return {"trial": self._announce(candidate)}
         return Searcher.FINISHED if self._agenda.is_over() else None
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -221,8 +227,11 @@ class Until(Unpickled, Stopper):
         return self._stop.is_set() and self._desk.idle
 
 
-class Events(Unpickled, Callback):
-    """Tune's events, told to the desk; when the search is asked to stop, the bell rings."""
+class Events(Unpickled, TrialProgressCallback):
+    """Tune's events, told to the desk; when the search is asked to stop, the bell rings.
+
+    A TrialProgressCallback only by name: without one Tune adds its own, which prints.
+    """
 
     def __init__(self, desk: Desk, bell: Any, stop: threading.Event, vacancies: Vacancies) -> None:
         self._desk, self._bell, self._stop, self._vacancies = desk, bell, stop, vacancies
@@ -231,9 +240,12 @@ class Events(Unpickled, Callback):
         self._failed: set[str] = set()
         self._happened = time.monotonic()
 
-    def _dismiss(self, trial: Any) -> None:
-        """Has a trial that Tune will not ask again give its seats back."""
-        ray.get(self._bell.dismiss.remote(name_of(trial)))
+    def _dismiss(self, trial: Any, for_good: bool) -> None:
+        """Has a trial that Tune will not ask again, or not soon, give its seats back."""
+        ray.get(self._bell.dismiss.remote(name_of(trial), for_good))
+        if for_good:  # Tune keeps means of every number that a trial has reported, which nobody asks for
+            trial.run_metadata.metric_analysis.clear()
+            trial.run_metadata.metric_n_steps.clear()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Before every turn of Tune's loop."""
@@ -249,7 +261,7 @@ class Events(Unpickled, Callback):
                 self.on_trial_error(iteration, trials, one)
         paused = {one.trial_id: one for one in trials if one.status == "PAUSED"}
         for trial_id in paused.keys() - self._paused:
-            self._dismiss(paused[trial_id])
+            self._dismiss(paused[trial_id], for_good=False)
         self._paused = set(paused)
         if self._rung:
             self._desk.idle = not any(trial.status == "RUNNING" for trial in trials)
@@ -271,7 +283,7 @@ class Events(Unpickled, Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has returned, or was stopped."""
         self._happened = time.monotonic()
-        self._dismiss(trial)
+        self._dismiss(trial, for_good=True)
         self._desk.ended(name_of(trial), None)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -287,7 +299,7 @@ class Events(Unpickled, Callback):
         """
         self._happened = time.monotonic()
         self._failed.add(trial.trial_id)
-        self._dismiss(trial)
+        self._dismiss(trial, for_good=True)
         if trial.should_recover():
             self._desk.lost(name_of(trial))
         else:

@@ -114,6 +114,7 @@ class ray_cluster:
         os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the desk says how each trial ended, in one line
         os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # three files a trial that nobody reads
         # Nothing reads Tune's own state back. It holds every trial that ever was and may take a twentieth of a core to write.
         os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")
         with warnings.catch_warnings():

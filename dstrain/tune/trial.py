@@ -54,18 +54,20 @@ def trial(config: dict[str, Any]) -> None:
     its checkpoint: on the same seats, which have imported everything; where that has not helped, or a seat is lost, and under
     Ray's own schedulers, by Tune, on new ones. After search.max_failures faults it ends as failed.
     """
-    plan = config["trial"]
-    fault = _attempt(plan, retry=False)
+    asked = config["trial"]
+    fault = _attempt(asked, retry=False)
     while fault:
         tune.report({"fault": fault})
-        fault = _attempt(plan, retry=True)
+        fault = _attempt(asked, retry=True)
 
 
-def _attempt(plan: Mapping[str, Any], retry: bool) -> str:
+def _attempt(asked: Mapping[str, Any], retry: bool) -> str:
     """Has the run trained to its end; returns the fault that ended it if it is to go on on the same seats, else nothing."""
     bell, start = ray.get_actor(BELL), uuid.uuid4().hex
-    if not ray.get(bell.begin.remote(plan["id"])):
+    told: Any = ray.get(bell.begin.remote(asked["id"]))
+    if told is None:
         return ""
+    plan = {**told, **asked}  # with what PBT has changed
     folder, progressed = Path(plan["run"]["output_dir"]) / plan["run"]["name"], False
     try:
         run = _run_of(plan, folder)

@@ -59,6 +59,8 @@ SlurmdTimeout=20
 KillWait=10
 MinJobAge=3600
 SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 """
 
 
@@ -187,7 +189,9 @@ class Slurm:
                 f"NodeName=n{number} NodeAddr={self._address(number)} CPUs={self.cpus} RealMemory={self.memory_mb} "
                 f"Gres=gpu:{self.gpus} State=UNKNOWN\n"
             )
-        conf.append("PartitionName=all Nodes=ALL Default=YES DefaultTime=10 MaxTime=600 State=UP\n")
+        common = "Nodes=ALL DefaultTime=10 MaxTime=600 State=UP"
+        conf.append(f"PartitionName=all {common} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60\n")
+        conf.append(f"PartitionName=urgent {common} PriorityTier=2 PreemptMode=OFF\n")
         (self.folder / "slurm.conf").write_text("".join(conf))
         (self.folder / "gres.conf").write_text("".join(gres))
 
@@ -247,7 +251,7 @@ class Slurm:
 
     def idle(self) -> int:
         """How many nodes have nothing to do."""
-        return len(self.on_login("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).stdout.split())
+        return len(self.on_login("sinfo", "-h", "-N", "-p", "all", "-t", "idle", "-o", "%N", check=False).stdout.split())
 
 
 @dataclass

@@ -316,13 +316,21 @@ def kill(slurm: Slurm, name: str, words: str) -> None:
 
 
 def test_a_search_that_is_to_stop_before_it_has_begun_is_queued_again_at_once(office: Office) -> None:
-    job = office.submit("tune.sbatch", office.search_file("early"))
+    """And again when a job that is more urgent takes its nodes, which its steps learn by SIGTERM and its script not at all."""
+    file = office.search_file("early")
+    job, trials = office.submit("tune.sbatch", file), folders(file)
     logs = office.folder / "jobs" / job.number
     job.until("Ray is being started", lambda: any(logs.glob("ray.n1.*")), 60)
     job.signal("--signal=USR1", "--batch")
     job.until("the job is queued again", lambda: job.field("Restarts") == "1", 30)
     assert "asked to stop before anything began" in job.said() and "trials to run" not in job.said()
     assert not (office.folder / "runs" / "early").exists()
+    job.until("a trial is under way", lambda: any(map(in_mid_trial, trials)), 240)
+    log = f"--output={office.folder}/urgent.log"
+    urgent = Job.submit(office.slurm, ROOT, "--partition=urgent", "--nodes=3", "--exclusive", log, "--wrap=sleep 1", environ={})
+    job.until("the job is queued again", lambda: job.field("Restarts") == "2", 60)
+    assert urgent.wait(30) == "COMPLETED" and job.field("JobState") == "PENDING"
+    assert not all(candidate.ended() for candidate in planned(file).candidates)
 
 
 def test_every_gpu_has_a_rank_and_a_run_that_asks_to_come_back_does(office: Office) -> None:
