@@ -22,7 +22,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
             int(environ.get("MASTER_PORT") or 20_000 + (job * 7 + step) % 20_000),  # every rank derives the same port
             "srun",
         )
-    return Place(0, 1, 0, "127.0.0.1", free_port(), "plain python")
+    return Place(0, 1, 0, "127.0.0.1", 0, "plain python")
 
 
 def _launcher(environ: Mapping[str, str]) -> str:
@@ -192,6 +192,8 @@ def join_ranks(timeout_minutes: float = 30.0, listener: socket.socket | None = N
     Raises UserError when there are more ranks on this machine than GPUs.
     """
     place = find_place(os.environ)
+    if place.world == 1:  # nobody is to be met there, but what DeepSpeed shares among ranks is named after it
+        place = replace(place, port=free_port())
     cuda = torch.cuda.is_available()
     ranks_here = max(place.local_rank + 1, local_size(os.environ))
     if cuda and ranks_here > torch.cuda.device_count():  # the same on every rank here, so that the first one tells
@@ -222,7 +224,7 @@ def join_ranks(timeout_minutes: float = 30.0, listener: socket.socket | None = N
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
         if shared_memory.exists():
             torch.distributed.barrier()  # by then every rank has opened it, and needs no name
-            shared_memory.unlink()
+            shared_memory.unlink(missing_ok=True)
     hosts = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if place.world > 1 else None
     return Ranks(place.rank, place.world, device, place.launcher, hosts)
 
@@ -250,7 +252,7 @@ def _shared_memory(place: Place) -> Path:
 
 @contextlib.contextmanager
 def adding_in_order(wanted: bool) -> Iterator[None]:
-    """Inside, torch and cuBLAS take kernels that add up in the same order every time, where they have any, and warn of others.
+    """Inside, torch and cuBLAS take kernels that add up in the same order every time; one that has none is a RuntimeError.
 
     dstrain's own kernels are all of that kind. On a CPU all kernels are, with the same number of threads.
     """
@@ -259,7 +261,7 @@ def adding_in_order(wanted: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's documented condition; it looks when it first works
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # only warned, flash attention's backward pass would stay as it is
     try:
         yield
     finally:

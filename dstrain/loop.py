@@ -290,14 +290,14 @@ class Site:
 def fit(
     engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, course: Course, site: Site,
     checkpoints: Checkpoints, report: Report, asked_to_stop: Asked = never, told_to_stop: Asked = never,
-    at_rest: Callable[[], object] = never, bf16_at_hand: bool = False,
+    at_rest: Callable[[int], object] = lambda step: None, bf16_at_hand: bool = False,
 ) -> Progress:  # fmt: skip
     """Trains one stage to its end, from its checkpoint where there is one.
 
     Leaves `best.safetensors` (the weights that the selection metric chose; the last ones without a validation split)
     in the stage's folder. `asked_to_stop` is called before every step on every rank, `told_to_stop` between the batches of
-    an evaluation; one rank that is asked stops them all. `at_rest` is called before a step, where no checkpoint of this
-    rank's is on its way to the disk.
+    an evaluation; one rank that is asked stops them all. `at_rest(step)` is called where no checkpoint of this rank's is on
+    its way to the disk, before a step or before another checkpoint is begun: all up to `step` is saved, or will not be.
     Raises Interrupted after saving when that happens, GaveOut after saving when fp16 is to give way to `bf16_at_hand`,
     Diverged when the loss is not a number, Unsaved when the disk does not take what it must.
     """
@@ -317,7 +317,7 @@ def fit(
     def follow_up(progress: Progress) -> Progress:
         """What is due after a step, before its checkpoint."""
         due = course.due(progress.step)
-        with meter.paused(), evaluating(site.name, site.folder, ranks.rank, progress.health.pieces, finest(corpus, stage)):
+        with meter.paused():
             if due.evaluation:
                 try:
                     progress = judge(engine, objective, corpus, stage, site, progress, course.total_steps, report, told_to_stop)
@@ -338,7 +338,7 @@ def fit(
     steps = range(progress.step, progress.step if progress.stopped else course.total_steps)
     for mine in prepared(course, split, objective, ranks, steps):
         if checkpoints.at_rest:
-            at_rest()
+            at_rest(progress.step)
         weight, asked, late = ranks.add(mine.weight, asked_to_stop(), checkpoints.late)
         if asked or late:
             with meter.paused():
@@ -370,6 +370,8 @@ def fit(
             return progress
         if due.checkpoint:
             with meter.paused():
+                checkpoints.settle()
+                at_rest(progress.step - 1)
                 save(engine, checkpoints, progress, meter)
     return replace(progress, stopped=progress.stopped or "finished")  # resumed after its last step
 
@@ -439,7 +441,8 @@ def judge(
         keep(engine, best_file)
         return progress
     split, pieces = corpus.splits["valid"], progress.health.pieces
-    figures = evaluate(engine, objective, split, budget(stage, split, pieces), engine.ranks, told_to_stop)
+    with evaluating(site.name, site.folder, engine.ranks.rank, pieces, finest(stage, split)):
+        figures = evaluate(engine, objective, split, budget(stage, split, pieces), engine.ranks, told_to_stop)
     metric, mode = stage.selection
     value = figures[metric]
     if progress.best is None:
@@ -474,7 +477,8 @@ def look_at_attention(
     """
     task: Any = engine.task
     rows = evenly(len(split.lengths), DOCUMENTS).numpy()
-    rows = rows[: max(1, int(np.searchsorted(split.lengths[rows].cumsum(), stage.tokens_per_batch, side="right")))]
+    most = budget(stage, split, progress.health.pieces)
+    rows = rows[: max(1, int(np.searchsorted(split.lengths[rows].cumsum(), most, side="right")))]
     batch = objective.batch(split, rows, epoch=-1).to(engine.ranks.device)
     figures = engine.ranks.agree(summed_up(report_attention(task.encoder, batch, engine, adapt)))
     if adapt:  # what was fitted may differ in its last bits between devices: the first rank's counts
@@ -512,13 +516,13 @@ def keep(engine: Engine, file: Path) -> None:
 
 
 def budget(stage: StageSettings, split: TokenSplit, pieces: int) -> int:
-    """Tokens of an evaluation's batches: those of a micro-batch's pieces, which fit into memory, but a document at least."""
+    """Tokens of a batch that learns nothing: those of a micro-batch's pieces, which fit into memory, but a document at least."""
     return max(stage.tokens_per_batch // pieces, int(split.lengths.max()))
 
 
-def finest(corpus: Corpus, stage: StageSettings) -> int:
-    """From so many pieces on an evaluation's batches are as small as they get."""
-    return math.ceil(stage.tokens_per_batch / max(int(split.lengths.max()) for split in corpus.splits.values()))
+def finest(stage: StageSettings, split: TokenSplit) -> int:
+    """From so many pieces on such batches are as small as they get."""
+    return math.ceil(stage.tokens_per_batch / int(split.lengths.max()))
 
 
 @torch.no_grad()

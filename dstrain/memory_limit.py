@@ -58,11 +58,15 @@ def share_of(limit: int, ranks_here: int) -> int:
     return int(_USABLE * limit / int(os.environ.get(SHARES, ranks_here)))
 
 
-def _held() -> dict[str, int]:
-    """What the kernel counts of this process, in bytes, by name (proc_pid_status(5)). Pages of files are not in it: they
-    make room."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {name: 1024 * int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if "kB" in value}
+def _held() -> tuple[int, int]:
+    """What this process has asked for and what of it lies in memory, in bytes (proc_pid_status(5)).
+
+    Pages of files do not count, since the kernel drops them to make room; where it does not tell them apart they do.
+    """
+    lines = [line.partition(":") for line in Path("/proc/self/status").read_text().splitlines()]
+    sizes = {name: 1024 * int(value.split()[0]) for name, _, value in lines if value.endswith("kB")}
+    resident = sizes["RssAnon"] + sizes["RssShmem"] if "RssAnon" in sizes else sizes["VmRSS"]
+    return sizes["VmData"], resident
 
 
 @contextmanager
@@ -78,8 +82,8 @@ def at_most(share: int | None) -> Iterator[None]:
     import resource
 
     before, most = resource.getrlimit(resource.RLIMIT_DATA)
-    held = _held()
-    soft = held["VmData"] + max(share - held["RssAnon"] - held["RssShmem"], _LEAST_BYTES)
+    data, resident = _held()
+    soft = data + max(share - resident, _LEAST_BYTES)
     unbounded = resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_DATA, (min((soft, *(one for one in (before, most) if one != unbounded))), most))
     try:

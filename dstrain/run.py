@@ -76,8 +76,9 @@ class Watch:
     """Called before every step, on every rank."""
     told_to_stop: Asked = never
     """Called between the batches of an evaluation, on every rank."""
-    at_rest: Callable[[], object] = never
-    """Called before a step where no checkpoint is on its way to the disk: whoever ends the process there loses little."""
+    at_rest: Callable[[int], object] = lambda step: None
+    """Called where no checkpoint is on its way to the disk, with the step up to which all is saved, or will not be: whoever ends
+    the process there loses little."""
 
 
 def run(
@@ -146,7 +147,7 @@ def run(
         try:
             with (
                 at_most(memory_share(ranks)),
-                evaluating(name, site.folder, ranks.rank, pieces, finest(corpus, stage)),
+                evaluating(name, site.folder, ranks.rank, pieces, finest(stage, split)),
             ):
                 figures = evaluate(task, objective, split, budget(stage, split, pieces), ranks, watch.told_to_stop)
         except Interrupted:

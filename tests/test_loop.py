@@ -26,7 +26,7 @@ from dstrain.objective import Task
 from dstrain.optim import lr_factor
 from dstrain.precision import choose
 from dstrain.readings import Reading, read_readings
-from dstrain.run import Ready, groups, make_ready, run_vocabulary
+from dstrain.run import Ready, Watch, claim, groups, make_ready, run, run_vocabulary
 from dstrain.schema import UserError, validate
 from dstrain.settings import RunSettings
 
@@ -594,6 +594,20 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same_run(
 ) -> None:
     stops = [BETWEEN_REPORTS, FIRST_OF_STAGE_2, BEFORE_THE_THAW, AFTER_THE_THAW]
     check_resume(lambda **changes: resumable(small_corpus, tmp_path, "zero1", **changes), ranks, stops, last_weights)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_is_saved_is_told_whether_or_not_the_disk_keeps_up(
+    slow: bool, small_corpus: Path, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the next step, or on a disk that is never done before the next save, with that."""
+    monkeypatch.setattr(Checkpoints, "at_rest", property(lambda checkpoints: not slow))
+    told: list[int] = []
+    tree = tiny_run(small_corpus, tmp_path, stages__pretrain=None, stages__finetune__evaluate_every_steps=2)
+    settings = validate(RunSettings, tree, "test")
+    claim(settings, lambda sentence: None)
+    run(settings, ranks, Watch(lambda reading: None, lambda said: None, lambda tags: None, at_rest=told.append))
+    assert told == ([1, 3, 5] if slow else [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7])
 
 
 @pytest.mark.slow

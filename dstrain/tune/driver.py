@@ -107,6 +107,9 @@ class Driver:
         exchanging = isinstance(self._search.settings.scheduler, PbtSettings)
         return {"id": candidate.id, **({"mutable": mutable(self._search, candidate)} if exchanging else {})}
 
+    def _share(self) -> dict[str, str]:
+        return {SHARES: str(self._vacancies.sharing(self._search.expected))}
+
     def _plan(self, candidate: Candidate) -> dict[str, Any]:
         """All that a trial's actor needs, as plain data."""
         search = self._search
@@ -122,9 +125,7 @@ class Driver:
             "faults_allowed": own_faults(candidate.folder) + search.settings.max_failures,  # anew with every start
             "on_same_seats": not isinstance(search.settings.scheduler, (HyperbandSettings, PbtSettings)),
             "silence_seconds": 60 * search.settings.silence_minutes,
-            "environ": {
-                **_carried(os.environ), SHARES: str(self._vacancies.sharing()), **({} if self._needs.gpus else NO_GPU),
-            },
+            "environ": {**_carried(os.environ), **self._share(), **({} if self._needs.gpus else NO_GPU)},
         }
 
 
@@ -153,10 +154,12 @@ class Vacancies:
             self._asked, self._room = time.monotonic(), Room.of_cluster()
         return self._room.concurrent(self._needs, self._settings.max_concurrent)
 
-    def sharing(self) -> int:
-        """How many ranks may come to share a node and its memory."""
+    def sharing(self, trials: int) -> int:
+        """How many ranks of so many trials may come to share a node and its memory."""
         self()
-        return self._room.ranks_on_a_node(self._needs, self._settings.max_concurrent)
+        finalists = self._settings.finalists
+        most = max(trials, finalists.top * finalists.seeds if finalists else 0)
+        return self._room.ranks_on_a_node(self._needs, min(most, self._settings.max_concurrent or most))
 
     def look(self, say: Callable[[str], None]) -> bool:
         """Says now and then that no trial fits any more, as when a node was lost; whether that lasts too long to wait on."""

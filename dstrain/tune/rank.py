@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import signal
 import socket
@@ -204,20 +205,20 @@ class Rank:
         return Watch(report, say, lambda tags: write_tags(folder, tags), stop, stop, self._hand_over)
 
     def _note(self, reading: Reading, metric: str) -> None:
-        """Keeps the deciding metric for the next boundary; any reading is a sign of life."""
+        """Keeps the deciding metric until it may be handed over; any reading is a sign of life."""
         keyed = reading.keyed()
         if metric in keyed:
             self._due.append([reading.step, reading.total_steps, keyed[metric]])
         self._say({})
 
-    def _hand_over(self) -> None:
-        """Gives what is due to the trial's actor and waits for the scheduler's word on it."""
-        for progress in self._due:
+    def _hand_over(self, step: float = math.inf) -> None:
+        """Gives what is due up to a step to the trial's actor, and waits for the scheduler's word on it."""
+        while self._due and self._due[0][0] <= step:
+            progress = self._due.pop(0)
             self._decided.clear()
             if not self._stop.is_set():
                 self._say({"progress": progress})
                 self._decided.wait()
-        self._due.clear()
 
 
 def claim_patiently(settings: RunSettings) -> None:

@@ -70,8 +70,8 @@ class Room:
         fit = sum(one // needs.ranks for one in ranks) if needs.together else sum(ranks) // needs.ranks
         return min(fit, bound) if bound else fit
 
-    def ranks_on_a_node(self, needs: Needs, bound: int | None) -> int:
-        """How many ranks may come to share a node."""
+    def ranks_on_a_node(self, needs: Needs, bound: int) -> int:
+        """How many ranks of at most `bound` trials may come to share a node."""
         most = max((self._ranks_on(node, needs) for node in self.nodes), default=0)
         return max(1, min(most, self.concurrent(needs, bound) * needs.ranks))
 
@@ -107,7 +107,7 @@ class ray_cluster:
     def __enter__(self) -> None:
         # Trials write to their folders; Ray's own reports and usage statistics would only stand in the way.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # under the new one Tune has no use for callbacks like our Events
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
         os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")  # of 1: the agenda hands out no more than fit

@@ -75,7 +75,7 @@ def test_ranks_of_trials_without_gpus_see_none(
         driver.Driver(search, needs, threading.Event())._plan(search.candidates[0])["environ"]
         for needs in (Needs(1, 1, 0), Needs(1, 1, 1))
     )
-    assert without == {**with_one, "CUDA_VISIBLE_DEVICES": "", SHARES: "4"}
+    assert without == {**with_one, "CUDA_VISIBLE_DEVICES": "", SHARES: "2"}, "two trials, where four would fit"
     assert with_one[SHARES] == "1"
     assert with_one["NCCL_DEBUG"] == "WARN" and not {"CUDA_VISIBLE_DEVICES", "HF_TOKEN"} & set(with_one)
 
