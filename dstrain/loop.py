@@ -290,14 +290,14 @@ class Site:
 def fit(
     engine: Engine, objective: Objective, corpus: Corpus, stage: StageSettings, course: Course, site: Site,
     checkpoints: Checkpoints, report: Report, asked_to_stop: Asked = never, told_to_stop: Asked = never,
-    at_rest: Callable[[int], object] = lambda step: None, bf16_at_hand: bool = False,
+    at_rest: Callable[[str, int], object] = lambda stage, step: None, bf16_at_hand: bool = False,
 ) -> Progress:  # fmt: skip
     """Trains one stage to its end, from its checkpoint where there is one.
 
     Leaves `best.safetensors` (the weights that the selection metric chose; the last ones without a validation split)
     in the stage's folder. `asked_to_stop` is called before every step on every rank, `told_to_stop` between the batches of
-    an evaluation; one rank that is asked stops them all. `at_rest(step)` is called where no checkpoint of this rank's is on
-    its way to the disk, before a step or before another checkpoint is begun: all up to `step` is saved, or will not be.
+    an evaluation; one rank that is asked stops them all. `at_rest(stage, step)` is called where no checkpoint of this rank's
+    is on its way to the disk, before a step or another checkpoint: all up to that step is saved, or will not be.
     Raises Interrupted after saving when that happens, GaveOut after saving when fp16 is to give way to `bf16_at_hand`,
     Diverged when the loss is not a number, Unsaved when the disk does not take what it must.
     """
@@ -338,7 +338,7 @@ def fit(
     steps = range(progress.step, progress.step if progress.stopped else course.total_steps)
     for mine in prepared(course, split, objective, ranks, steps):
         if checkpoints.at_rest:
-            at_rest(progress.step)
+            at_rest(site.name, progress.step)
         weight, asked, late = ranks.add(mine.weight, asked_to_stop(), checkpoints.late)
         if asked or late:
             with meter.paused():
@@ -371,7 +371,7 @@ def fit(
         if due.checkpoint:
             with meter.paused():
                 checkpoints.settle()
-                at_rest(progress.step - 1)
+                at_rest(site.name, progress.step - 1)
                 save(engine, checkpoints, progress, meter)
     return replace(progress, stopped=progress.stopped or "finished")  # resumed after its last step
 

@@ -76,9 +76,9 @@ class Watch:
     """Called before every step, on every rank."""
     told_to_stop: Asked = never
     """Called between the batches of an evaluation, on every rank."""
-    at_rest: Callable[[int], object] = lambda step: None
-    """Called where no checkpoint is on its way to the disk, with the step up to which all is saved, or will not be: whoever ends
-    the process there loses little."""
+    at_rest: Callable[[str, int], object] = lambda stage, step: None
+    """Called where no checkpoint is on its way to the disk, with the stage and the step up to which all is saved, or will not
+    be: whoever ends the process there loses little."""
 
 
 def run(

@@ -602,12 +602,15 @@ def test_what_is_saved_is_told_whether_or_not_the_disk_keeps_up(
 ) -> None:
     """Before the next step, or on a disk that is never done before the next save, with that."""
     monkeypatch.setattr(Checkpoints, "at_rest", property(lambda checkpoints: not slow))
-    told: list[int] = []
+    told: list[tuple[str, int]] = []
     tree = tiny_run(small_corpus, tmp_path, stages__pretrain=None, stages__finetune__evaluate_every_steps=2)
     settings = validate(RunSettings, tree, "test")
     claim(settings, lambda sentence: None)
-    run(settings, ranks, Watch(lambda reading: None, lambda said: None, lambda tags: None, at_rest=told.append))
-    assert told == ([1, 3, 5] if slow else [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7])
+    def at_rest(stage: str, step: int) -> None:
+        told.append((stage, step))
+
+    run(settings, ranks, Watch(lambda reading: None, lambda said: None, lambda tags: None, at_rest=at_rest))
+    assert told == [("finetune", step) for step in ([1, 3, 5] if slow else [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7])]
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import math
 import os
 import signal
 import socket
@@ -118,7 +117,7 @@ def work(line: Connection, order: Order, listener: socket.socket | None) -> int:
     """
     os.environ.update(order.environ)
     try:
-        Rank(line).train(order, listener)
+        Rank(line, order.metric).train(order, listener)
     except Exception as error:
         from dstrain.engine import Diverged
         from dstrain.healing import TooLarge
@@ -136,9 +135,9 @@ class Rank:
     whoever is paused or stopped on it has lost no more than those.
     """
 
-    def __init__(self, line: Connection) -> None:
-        self._line = line
-        self._due: list[list[float]] = []
+    def __init__(self, line: Connection, metric: str) -> None:
+        self._line, self._metric = line, metric
+        self._due: list[Reading] = []
         self._lines: JsonLines | None = None
         self._decided = threading.Event()
         self._stop = threading.Event()
@@ -174,7 +173,7 @@ class Rank:
             if mine:
                 claim_patiently(settings)
         try:
-            watch = self._watch(settings.folder, order.metric, ranks.rank)
+            watch = self._watch(settings.folder, ranks.rank)
             agreed = {name: validate(TextRecord, tree, "the search's text") for name, tree in order.texts.items()}
             run_patiently(settings, ranks, watch, agreed=agreed)
             self._hand_over()
@@ -186,7 +185,7 @@ class Rank:
         ranks.barrier()
         leave_ranks()
 
-    def _watch(self, folder: Path, metric: str, rank: int) -> Watch:
+    def _watch(self, folder: Path, rank: int) -> Watch:
         from dstrain.readings import JsonLines, fan_out
         from dstrain.run import Watch
 
@@ -201,20 +200,20 @@ class Rank:
             self._say({})
 
         self._lines = JsonLines(folder)
-        report = fan_out(self._lines, lambda reading: self._note(reading, metric))
+        report = fan_out(self._lines, self._note)
         return Watch(report, say, lambda tags: write_tags(folder, tags), stop, stop, self._hand_over)
 
-    def _note(self, reading: Reading, metric: str) -> None:
+    def _note(self, reading: Reading) -> None:
         """Keeps the deciding metric until it may be handed over; any reading is a sign of life."""
-        keyed = reading.keyed()
-        if metric in keyed:
-            self._due.append([reading.step, reading.total_steps, keyed[metric]])
+        if self._metric in reading.keyed():
+            self._due.append(reading)
         self._say({})
 
-    def _hand_over(self, step: float = math.inf) -> None:
-        """Gives what is due up to a step to the trial's actor, and waits for the scheduler's word on it."""
-        while self._due and self._due[0][0] <= step:
-            progress = self._due.pop(0)
+    def _hand_over(self, stage: str = "", step: int = 0) -> None:
+        """Gives the trial's actor what is due up to a step of a stage, or of any other, and waits for the scheduler's word."""
+        while self._due and (self._due[0].stage != stage or self._due[0].step <= step):
+            due = self._due.pop(0)
+            progress = [due.step, due.total_steps, due.keyed()[self._metric]]
             self._decided.clear()
             if not self._stop.is_set():
                 self._say({"progress": progress})

@@ -75,6 +75,19 @@ def test_a_run_waits_for_the_word_after_every_reading_of_the_metric(
     assert seat.end("one") and seat.child is None
 
 
+def test_the_metric_of_an_earlier_stage_is_told_before_the_next_one_trains(
+    seat: Seat, small_corpus: Path, tmp_path: Path
+) -> None:
+    seat.begin("two", order(tiny_run(small_corpus, tmp_path)) | {"metric": "pretrain/valid/loss"})
+    assert next_of(seat, "progress")[:2] == [3, 6]
+    seat.go_on()
+    assert next_of(seat, "progress")[:2] == [6, 6]
+    time.sleep(0.2)
+    assert "finetune" not in (tmp_path / "tiny/readings.jsonl").read_text()
+    seat.go_on()
+    assert next_of(seat, "ended") == 0
+
+
 def test_what_the_driver_says_wins_over_what_the_node_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     seat = Seat(NO_GPU)
