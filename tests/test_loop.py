@@ -630,7 +630,8 @@ def test_stopped_and_resumed_in_every_stage_and_precision(
 FAVOR = {"kind": "favor", "nb_features": 16, "redraw_interval": 2}
 
 
-@pytest.mark.parametrize("kind", [{"kind": "lsh"}, pytest.param(FAVOR, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [{"kind": "lsh"}, FAVOR])
 def test_stopped_within_an_evaluation_is_the_same_run(
     kind: dict[str, Any], small_corpus: Path, tmp_path: Path, ranks: Ranks, last_weights: list[dict[str, Tensor]]
 ) -> None:

@@ -47,6 +47,7 @@ def test_the_compiler_is_loaded_when_somebody_compiles_and_no_sooner() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_module_of_the_compiler_can_be_imported_first() -> None:
     done = subprocess.run([sys.executable, "-c", A_MODULE_FIRST], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ LEVELS = [
     {"schema", "packed"},
     {
         "stopping", "readings", "evidence", "ledger", "ds_plan", "optim", "precision", "rungs", "space", "data", "model",
-        "splitting", "diagnosis", "partitions", "uncompiled",
+        "splitting", "diagnosis", "partitions", "uncompiled", "memory_limit",
     },
     {"metrics", "engine", "tracking", "vitals"},
     {"objective", "healing", "lifeline", "checkpoints"},
