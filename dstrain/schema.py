@@ -178,9 +178,9 @@ def set_path(tree: dict[str, Any], address: str, value: Any) -> None:
         inner = tree.get(parent, {})
         if not isinstance(inner, dict):
             inside = ".".join(parents[: depth + 1])
+            # One mistake however many addresses lie below it: the same sentence for each.
             raise UserError(
-                f"{address}: {inside} is {_short(inner)}, which has no settings inside; "
-                f"set {inside} itself, or name another"
+                f"{inside}: is {_short(inner)}, which has no settings inside; set {inside} itself, or name another"
             )
         copied = dict(inner)
         tree[parent] = copied

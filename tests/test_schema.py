@@ -210,7 +210,7 @@ def test_a_new_kind_starts_afresh_and_the_same_kind_does_not() -> None:
 def test_a_value_has_no_settings_inside() -> None:
     with pytest.raises(UserError) as error:
         set_path({"a": {"b": 3}}, "a.b.c", 1)
-    assert str(error.value) == "a.b.c: a.b is 3, which has no settings inside; set a.b itself, or name another"
+    assert str(error.value) == "a.b: is 3, which has no settings inside; set a.b itself, or name another"
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_a_stage_is_left_out_by_null(write: Write) -> None:
         ("encoder.attention={kind: lsh, num_hash: 2}", "command line: encoder.attention.num_hash: no such setting; did you mean num_hashes?"),
         ("stages.finetune.num_frozen_layers=9", "command line: stages.finetune.num_frozen_layers: is 9, but the encoder has 2 layers; freeze fewer, or raise encoder.num_layers"),
         ("stages.finetun.optim.lr=3e-4", "command line: stages: finetun has neither objective nor corpus; did you mean finetune?"),
-        ("name.x=1", "command line: name.x: name is 'tiny', which has no settings inside; set name itself, or name another"),
+        ("name.x=1", "command line: name: is 'tiny', which has no settings inside; set name itself, or name another"),
         ("seed=[1", "seed: line 1, column 3 not readable as YAML: expected ',' or ']', but got '<stream end>'"),
         ("seed", "'seed': an override is written key=value, such as stages.finetune.optim.lr=3e-4"),
     ],
@@ -254,7 +254,7 @@ def test_a_wrong_override_is_refused(write: Write, override: str, said: str) -> 
 def test_wrong_overrides_of_file_and_command_line_come_together(write: Write) -> None:
     file = write({"when": {"no_gpu": {"name.x": 1, "encoder.num_hed": 2}}})
     assert refused(lambda: load_run(file, ["seed", "seed.y=1", "precision.z=1"]), file) == [
-        "when.no_gpu: name.x: name is 'tiny', which has no settings inside; set name itself, or name another",
+        "when.no_gpu: name: is 'tiny', which has no settings inside; set name itself, or name another",
         "'seed': an override is written key=value, such as stages.finetune.optim.lr=3e-4",
     ]
     file = write({"when": {"no_gpu": {"encoder.num_hed": 2}}})
