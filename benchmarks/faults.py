@@ -13,11 +13,9 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults_compare import differences
-from benchmarks.faults_victim import EXITS_WITH, MOMENTS, ROOT
+from benchmarks.faults_victim import EXITS_WITH, MOMENTS
+from benchmarks.forker import Forked, Forker, surroundings
+from dstrain.engine import free_port
 
 VICTIM = Path(__file__).with_name("faults_victim.py")
 KINDS = ("sigkill", "sigterm", "sigusr1", "exception", "exit")
@@ -147,42 +147,6 @@ def settings_of(configuration: Configuration, corpora: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- starting
 
 
-class Forker:
-    """Starts ranks; a process that has imported everything forks them, so that a start costs what the run costs."""
-
-    def __init__(self, environ: dict[str, str]) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, str(VICTIM), "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, cwd=ROOT,
-        )  # fmt: skip
-
-    def _ask(self, what: dict[str, Any]) -> Any:
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(what) + "\n")
-        self._server.stdin.flush()
-        answer = self._server.stdout.readline()
-        while answer and not answer.startswith(("null", "-", *"0123456789")):  # a library's word at its import
-            answer = self._server.stdout.readline()
-        if not answer:
-            raise RuntimeError("the process that starts ranks has died")
-        return json.loads(answer)
-
-    def start(self, environ: dict[str, str], folder: Path, words: Sequence[str], log: Path) -> int:
-        """A rank's process id."""
-        return int(self._ask({"environ": environ, "folder": str(folder), "words": [*words], "log": str(log)}))
-
-    def status(self, pid: int) -> int | None:
-        """Its exit status, None while it runs."""
-        found = self._ask({"of": pid})
-        return None if found is None else int(found)
-
-    def close(self) -> None:
-        """Ends the server."""
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait(timeout=30)
-
-
 @dataclass
 class Ended:
     """How a start ended."""
@@ -217,9 +181,9 @@ class Launcher:
             note.unlink()
         log = folder / "log.txt"
         log.write_text("")
-        port = _free_port()
+        port = free_port()
         began = time.monotonic()
-        pids = []
+        ranks = []
         for rank in range(configuration.ranks):
             plan = asdict(fault) if fault and fault.rank == rank and fault.moment != "random" else {}
             environ = {
@@ -227,39 +191,34 @@ class Launcher:
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DSTRAIN_FAULT": json.dumps(plan),
                 "DSTRAIN_FAULT_OUT": str(notes), "DSTRAIN_CACHE": str(folder / "cache"),
             }  # fmt: skip
-            pids.append(self._forker.start(environ, folder, ["run.yaml"], log))
-        statuses = self._wait(pids, fault, began, log, notes)
+            ranks.append(self._forker.start([VICTIM, "run.yaml"], folder, environ, log))
+        statuses = self._wait(ranks, fault, began, log, notes)
         struck, stage = _note(notes, "struck"), _stage(notes, 0)
         events = {key: value for key, value in (_note(notes, "events", 0) or {}).items() if key in MOMENTS}
         begun = (_note(notes, "events", fault.rank if fault else 0) or {"begun": []})["begun"]
         return Ended(statuses, struck, stage, time.monotonic() - began, log.read_text(errors="replace"), events, begun)
 
     def _wait(
-        self, pids: list[int], fault: Fault | None, began: float, log: Path, notes: Path
+        self, ranks: list[Forked], fault: Fault | None, began: float, log: Path, notes: Path
     ) -> list[int | None]:
         """The exit statuses; a rank that dies takes the others with it after a grace."""
-        statuses: list[int | None] = [None] * len(pids)
         hit = fault is None or fault.moment != "random"
         ended_at = None
-        while None in statuses:
-            for place, pid in enumerate(pids):
-                if statuses[place] is None:
-                    statuses[place] = self._forker.status(pid)
+        while None in (statuses := [rank.poll() for rank in ranks]):
             now = time.monotonic()
             if not hit and now - began >= fault.seconds:  # type: ignore[union-attr]
                 hit = True
                 assert fault is not None
                 if statuses[fault.rank] is None:
-                    os.kill(pids[fault.rank], _SIGNALS[fault.kind])
+                    ranks[fault.rank].send_signal(_SIGNALS[fault.kind])
                     struck = {"stage": _stage(notes, fault.rank), "moment": "random", "at": time.monotonic(), "spare": 1}
                     notes.mkdir(exist_ok=True)
                     (notes / f"struck.rank{fault.rank}.json").write_text(json.dumps(struck))
             if ended_at is None and any(statuses):
                 ended_at = now + (PARTING_SECONDS if SAVED in statuses else 0)
             if now - began > PATIENCE_SECONDS or (ended_at is not None and now - ended_at > GRACE_SECONDS):
-                for place, pid in enumerate(pids):
-                    if statuses[place] is None:
-                        os.kill(pid, signal.SIGKILL)
+                for rank in ranks:
+                    rank.send_signal(signal.SIGKILL)
                 if now - began > PATIENCE_SECONDS + 30:
                     raise Difference(f"a rank cannot be ended; its log is {log}")
             time.sleep(0.01)
@@ -269,20 +228,6 @@ class Launcher:
 
 
 _SIGNALS = {"sigkill": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigusr1": signal.SIGUSR1}
-
-
-def surroundings() -> dict[str, str]:
-    """The environment of a rank, but for its place among the others and where its text is."""
-    gone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DSTRAIN_DATA")
-    kept = {name: value for name, value in os.environ.items() if name not in gone}
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return kept | quiet
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _note(folder: Path, name: str, rank: int | None = None) -> dict[str, Any] | None:
@@ -301,7 +246,7 @@ def _stage(notes: Path, rank: int) -> str:
 class Harness:
     """Undisturbed runs, each made once, and chains of deaths that are compared with them."""
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None], forker: Forker) -> None:
         self._folder, self._say = folder, say
         self._random = random.Random(seed)
         self._wholes: dict[Configuration, Ended] = {}
@@ -310,12 +255,7 @@ class Harness:
         corpora = folder / "corpora"
         corpora.mkdir(parents=True)
         write_corpora(corpora)
-        self._forker = Forker(surroundings())
-        self._launcher = Launcher(self._forker)
-
-    def close(self) -> None:
-        """Ends what was started."""
-        self._forker.close()
+        self._launcher = Launcher(forker)
 
     def whole(self, configuration: Configuration) -> tuple[Path, Ended]:
         """The folder of the undisturbed run, and how it went."""
@@ -438,11 +378,8 @@ def tables(deaths: Sequence[Death]) -> str:
 def harness(seed: int, folder: Path | None, say: Callable[[str], None]) -> Iterator[Harness]:
     """A harness in a folder that goes afterwards, unless one was given or a difference was found."""
     own = Path(tempfile.mkdtemp(prefix="faults-")) if folder is None else folder
-    made = Harness(own, seed, say)
-    try:
-        yield made
-    finally:
-        made.close()
+    with Forker() as forker:
+        yield Harness(own, seed, say, forker)
     if folder is None:
         import shutil
 

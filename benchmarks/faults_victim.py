@@ -5,8 +5,6 @@
 Functions of the program are wrapped from outside, events are counted at them, and at the wanted one the process is struck;
 then train.py's own file runs as it does for everybody. In DSTRAIN_FAULT_OUT it leaves what the harness asks for: the events
 counted, where it was struck, and every tensor of the engine at each stage's end.
-
-`--serve` starts ranks by forking a process that has imported everything, which saves seconds per death.
 """
 
 from __future__ import annotations
@@ -244,58 +242,5 @@ def be_victim(words: Sequence[str]) -> None:
     runpy.run_path(str(DOOR), run_name="__main__")
 
 
-# ------------------------------------------------------------------------------------------------- many victims
-
-
-def serve() -> None:
-    """Starts a rank for each line of standard input: {environ, folder, words, log} -> its process id.
-
-    {"of": id} asks for the exit status of a rank, null while it runs.
-    """
-    from dstrain.engine import preload
-
-    preload()
-    import mlflow.store.tracking.sqlalchemy_store
-    import mlflow.tracking  # noqa: F401
-
-    from dstrain import run, settings, stopping, tracking, train, vitals  # noqa: F401
-
-    for line in sys.stdin:
-        asked = json.loads(line)
-        answer = _status(asked["of"]) if "of" in asked else _start(asked)
-        print(json.dumps(answer), flush=True)
-
-
-def _status(pid: int) -> int | None:
-    done, status = os.waitpid(pid, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if done else None
-
-
-def _start(asked: dict[str, Any]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for target, source in ((0, nothing), (1, log), (2, log)):
-        os.dup2(source, target)
-    status = 1
-    try:
-        os.environ.clear()
-        os.environ.update(asked["environ"])
-        os.chdir(asked["folder"])
-        be_victim(asked["words"])
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-    return 0
-
-
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["--serve"] else be_victim(sys.argv[1:])
+    be_victim(sys.argv[1:])

@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.faults import SAVED, Forker, surroundings
+from benchmarks.faults import SAVED, VICTIM
+from benchmarks.forker import Forked, Forker, surroundings
 
 if TYPE_CHECKING:
     from benchmarks.fuzz_cases import Case
@@ -132,35 +133,24 @@ class Starts:
         # Whatever the file says, nothing is written elsewhere, and no server is waited for.
         words = ["run.yaml", *case.words, "output_dir=runs", "tracking.enabled=false"]
         plan = {"moment": "step", "event": 1, "kind": "sigterm"}
-        ours = {name: os.environ[name] for name in ("DSTRAIN_CACHE", "DSTRAIN_DATA") if name in os.environ}
         with tempfile.TemporaryDirectory(prefix="fuzz-start-") as name:
             log, began = Path(name) / "log.txt", time.monotonic()
-            environ = {**surroundings(), **ours, "DSTRAIN_FAULT": json.dumps(plan), "DSTRAIN_FAULT_OUT": name}
-            status, broken = self._end_of(self._forker.start(environ, folder, words, log), began)
+            environ = {**surroundings(), "DSTRAIN_FAULT": json.dumps(plan), "DSTRAIN_FAULT_OUT": name}
+            status, broken = self._end_of(self._forker.start([VICTIM, *words], folder, environ, log), began)
             events = Path(name) / "events.rank0.json"
             steps = len(json.loads(events.read_text())["begun"]) if events.exists() else 0
             said = log.read_text(errors="replace")
         return Answer(status, said, said[-4000:], broken, time.monotonic() - began), steps
 
-    def _end_of(self, process: int, began: float) -> tuple[int, str]:
+    def _end_of(self, process: Forked, began: float) -> tuple[int, str]:
         """The exit status of a start, and what is wrong when it had to be killed."""
         broken = ""
-        while (status := self._forker.status(process)) is None:
+        while (status := process.poll()) is None:
             time.sleep(0.02)
             if time.monotonic() - began > START_SECONDS and not broken:
                 broken = f"a start has not ended within {START_SECONDS} s"
-                os.kill(process, signal.SIGKILL)
+                process.send_signal(signal.SIGKILL)
         return status, broken
-
-
-@contextlib.contextmanager
-def real_starts() -> Iterator[Starts]:
-    """Real starts for as long as they are wanted."""
-    forker = Forker(surroundings())
-    try:
-        yield Starts(forker)
-    finally:
-        forker.close()
 
 
 def _listing(folder: Path) -> set[str]:
@@ -381,10 +371,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _limit_memory()
     kinds = [given.kind] if given.kind else list(KINDS)
     tally = Tally()
-    with grounds(), real_starts() as starts:
+    with grounds(), Forker() as forker:
         for place, kind in enumerate(kinds):
             cases = given.cases // len(kinds) + (place < given.cases % len(kinds))
-            fuzz(kind, cases, given.seed, tally, starts=starts)
+            fuzz(kind, cases, given.seed, tally, starts=Starts(forker))
     print(f"\n{table(tally, kinds)}")
     print(f"{sum(tally.outcomes.values())} cases in {tally.seconds:.0f} s, {len(tally.findings)} defects")
     if given.json:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
+    from benchmarks.forker import Forker
     from dstrain.engine import Ranks
     from dstrain.readings import Reading
     from dstrain.run import Outcome
@@ -24,6 +26,9 @@ SHARED_DATA = Path(os.environ.get("DSTRAIN_DATA") or ROOT.parent / "shared" / "d
 
 # One thread per process: tests start several processes on machines with few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Other jobs may have the machine for a while, so that no example's time says anything.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,6 +73,15 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([("text", "label"), *chosen])
     return folder
+
+
+@pytest.fixture(scope="session")
+def forker() -> Iterator[Forker]:
+    """Starts programs without the seconds that their imports take; one process for all tests that ask for it."""
+    from benchmarks.forker import Forker
+
+    with Forker() as one:
+        yield one
 
 
 @pytest.fixture

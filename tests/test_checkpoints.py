@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_run, train_here
-from distributed.test_ranks import launch, write_run
+from distributed.test_ranks import DOOR, end_of, start_ranks, write_run
 from test_engine import Layers, batches, equal, open_engine, step
 
+from benchmarks.forker import Forker
 from dstrain import checkpoints as checkpoints_module
 from dstrain.checkpoints import BEST_BYTES, Checkpoints, Keep, Unsaved, bytes_per_parameter, newest_whole, standing
 from dstrain.engine import Engine, Ranks
@@ -313,21 +314,25 @@ def test_best_weights_that_do_not_fit_end_the_run(engine: Engine, small_disk: Pa
 
 @pytest.mark.slow
 def test_a_run_goes_on_without_checkpoints_and_ends_in_a_sentence_where_it_cannot(
-    small_corpus: Path, small_disk: Path
+    small_corpus: Path, small_disk: Path, tmp_path: Path, forker: Forker
 ) -> None:
     """Every checkpoint is a milestone, so there is soon no room for another; a second run finds none for its weights."""
     changes = {f"stages__finetune__{name}_every": 1 for name in ("checkpoint", "milestone")}
     file = write_run(small_corpus, small_disk, "run", stages__pretrain=None, stages__finetune__steps=12, **changes)
-    done = launch(small_disk, "python", 1, str(file))
+
+    def start(*words: str) -> subprocess.CompletedProcess[str]:
+        return end_of(start_ranks(forker, 1, tmp_path, DOOR, file, *words), tmp_path)
+
+    done = start()
     assert done.returncode == 0, done.stderr
     assert "this checkpoint could not be written (No space left on device)" in done.stdout
     assert newest_whole(small_disk / "run/stages/finetune/checkpoints", print)
     (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
-    done = launch(small_disk, "python", 1, str(file), "name=two")
+    done = start("name=two")
     assert done.returncode == 1, done.stderr
     assert "could not be written" in done.stderr and "make room" in done.stderr and "Traceback" not in done.stderr
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    done = launch(small_disk, "python", 1, str(file), "name=two")
+    done = start("name=two")
     assert done.returncode == 0, done.stderr
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed.test_ranks import end_of, start_ranks
 
+from benchmarks.forker import Forker
 from dstrain.ds_plan import FILLED, FIXED, KNOWN, REFUSED, Facts, Kind, Tree, read_plan, resolve
 from dstrain.precision import LossScaleSettings
 from dstrain.schema import UserError, flatten
@@ -479,18 +480,16 @@ print(json.dumps({"blocks": found, "words": sorted(words), "source": source, "go
 
 
 TRAIN = """
-import json, logging, os, sys, torch
-import deepspeed
+import json, sys, torch
 from torch import nn
 from dstrain.ds_plan import Facts, read_plan, resolve
+from dstrain.engine import import_deepspeed, join_ranks
 from dstrain.optim import OptimSettings, build_optimizer, parameter_groups, set_lr
 from dstrain.precision import DTYPES, LossScaleSettings
 from pathlib import Path
 
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-torch.set_num_threads(1)
-deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+ranks, deepspeed = join_ranks(), import_deepspeed()
+rank, world = ranks.rank, ranks.world
 draw = torch.Generator().manual_seed(5)
 inputs, targets = torch.randn(4, 6, 16, generator=draw), torch.randn(4, 6, 4, generator=draw)
 weights = torch.tensor([3.0, 1.0, 2.0, 6.0])  # the micro-batches of a step weigh differently, as masked tokens do
@@ -537,31 +536,18 @@ if rank == 0:
 """
 
 
-def trained(runs: dict[str, Any], world: int) -> dict[str, Any]:
+def trained(forker: Forker, runs: dict[str, Any], world: int, folder: Path) -> dict[str, Any]:
     """Three steps of a small network per run, on `world` real ranks; (losses, gradient norms) of each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-    shared |= {"LOCAL_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAIN, json.dumps(runs)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300) for process in ranks]
-    for shared_memory in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-        shared_memory.unlink()  # as dstrain's engine does
-    assert all(process.returncode == 0 for process in ranks), said[0][1][-3000:]
-    line = next(line for line in said[0][0].splitlines() if line.startswith("FOUND"))
+    script = folder / "train.py"
+    script.write_text(TRAIN)
+    done = end_of(start_ranks(forker, world, folder, script, json.dumps(runs)), folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
     return json.loads(line.removeprefix("FOUND"))
 
 
 @pytest.mark.slow
-def test_every_shipped_file_trains_on_a_cpu_and_all_agree():
+def test_every_shipped_file_trains_on_a_cpu_and_all_agree(forker: Forker, tmp_path: Path):
     """What was measured with DeepSpeed 0.19.8, with some room: losses of three steps, and gradient norms.
 
     fp32: all stages agree to 1e-6. bf16: stages 1 to 3 agree to 1e-6 among themselves, because gradients add up in
@@ -573,7 +559,7 @@ def test_every_shipped_file_trains_on_a_cpu_and_all_agree():
     }
     offload = {"offload_optimizer": {"device": "cpu"}}
     runs["zero1 offloaded bf16"] = (str(SHIPPED[0].with_name("zero1.json")), offload, "bf16")
-    one, two = trained(runs, 1), trained(runs, 2)
+    one, two = trained(forker, runs, 1, tmp_path), trained(forker, runs, 2, tmp_path)
     truth = one["zero0 fp32"].pop("norms"), one["zero0 fp32"]["losses"]
     assert truth[0] == two["zero0 fp32"].pop("norms") == [None] * 3  # DeepSpeed keeps no norm here
     assert truth[1] == sorted(truth[1], reverse=True)

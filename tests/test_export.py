@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Told, tiny_run, train_here
-from distributed.test_ranks import launch, write_run
+from distributed.test_ranks import run_ranks, write_run
 from safetensors.torch import load_file, save_file
 
+from benchmarks.forker import Forker
 from dstrain import __version__, export
 from dstrain.card import Judged, bare, bootstrap, wilson
 from dstrain.checkpoints import checksum
@@ -205,12 +206,13 @@ def test_the_last_checkpoint_of_one_rank(
     ],
 )
 def test_the_last_checkpoint_of_two_ranks(
-    zero: str, precision: str, kind: str, small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    zero: str, precision: str, kind: str, small_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    forker: Forker,
+) -> None:  # fmt: skip
     """17 wide: no parameter's size is even, so every share is padded."""
     changes: dict[str, Any] = {"deepspeed": f"ds_configs/{zero}.json", "precision": precision, **FIRST_IS_BEST}
     changes |= {"encoder__attention": KINDS[kind], "encoder__hidden_size": 17, "encoder__intermediate_size": 33}
-    done = launch(tmp_path, "torchrun", 2, str(write_run(small_corpus, tmp_path, "two", **changes)), "--quiet")
+    done = run_ranks(forker, 2, write_run(small_corpus, tmp_path, "two", **changes), "--quiet")
     assert done.returncode == 0, done.stderr
     check_last_is_best(tmp_path / "two", tmp_path)
     for file in (tmp_path / "two").glob("stages/finetune/checkpoints/step-*/engine/*zero_pp_rank_1_*optim_states.pt"):

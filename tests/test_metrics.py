@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dstrain.metrics import CountTally, DocumentTally, scores
@@ -38,7 +38,6 @@ def by_sklearn(truth: np.ndarray, guess: np.ndarray) -> dict[str, float]:
     }
 
 
-@settings(deadline=None)
 @given(st.data(), st.integers(2, 6), st.integers(1, 60))
 def test_scores_are_those_of_scikit_learn(data: st.DataObject, classes: int, documents: int) -> None:
     draw = st.lists(st.integers(0, classes - 1), min_size=documents, max_size=documents)

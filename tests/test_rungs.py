@@ -45,7 +45,7 @@ def test_a_small_value_is_good_when_the_mode_is_min() -> None:
     assert decision == (False, "stopped at rung 0.50: 2.5 above the best third of 5, cut at 1")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(figures, st.integers(2, 6), st.sampled_from(["min", "max"]), st.randoms())
 def test_the_best_two_of_a_rung_are_never_stopped(
     figures: dict[str, float], eta: int, mode: str, chance: random.Random
@@ -58,7 +58,7 @@ def test_the_best_two_of_a_rung_are_never_stopped(
     assert not stopped & set(best)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(figures, st.integers(2, 6))
 def test_once_all_have_come_exactly_those_behind_the_cut_are_stopped(figures: dict[str, float], eta: int) -> None:
     rungs = Rungs((0.3,), eta, "max")
@@ -116,7 +116,7 @@ def test_equal_values_are_not_told_apart() -> None:
     assert all(rungs.record(str(number), 0.2, 0.25).keep for number in range(9))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.text("abc", min_size=1, max_size=3), st.lists(st.tuples(st.floats(0.01, 1), values), max_size=6), max_size=8
@@ -163,7 +163,7 @@ def test_grace_and_rungs_exclude_each_other_and_must_lie_before_the_end() -> Non
         rung_places(AshaSettings(grace=100), 0.1, 0.0, 100)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_the_default_grace_lies_after_warm_up_and_after_the_latest_thaw(warmup: float, thaw: float) -> None:
     grace = default_grace(warmup, thaw)

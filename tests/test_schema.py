@@ -60,7 +60,7 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(trees)
 @example({"lr": 1e-05, "big": 1e22, "word": "1e-05", "list": TRICKY})
 def test_a_tree_survives_yaml(tree: dict[str, Any]) -> None:

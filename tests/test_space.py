@@ -172,7 +172,7 @@ def test_words_stay_words(word: str) -> None:
     assert overrides(f'pooling: ["{word}"]') == [{"pooling": word}]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.recursive(
         st.integers(-9, 9).map(str),
@@ -259,7 +259,7 @@ def test_constraints_leave_combinations_out_and_count_them() -> None:
 plain_values = st.one_of(st.integers(), st.booleans(), st.text(max_size=3), st.floats(allow_nan=False))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.dictionaries(st.text("abc.", min_size=1, max_size=5), plain_values, max_size=5), st.randoms())
 def test_an_id_depends_on_content_not_on_order(content: dict[str, Any], chance: Any) -> None:
     items = list(content.items())
@@ -306,7 +306,7 @@ def test_samples_do_not_touch_the_global_generator() -> None:
     assert random.getstate() == before
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["uniform", "log_uniform", "int_uniform"]),
     st.integers(1, 50),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dstrain.data.batches import EpochPlan, epoch_plan, evaluation_plan
@@ -21,7 +21,6 @@ def read_by_all(plan: EpochPlan, world: int) -> list[list[int]]:
 
 
 @given(lengths_of_splits, st.integers(1, 16), st.integers(0, 5))
-@settings(deadline=None)
 def test_every_sequence_is_read_once_or_named_as_left_out(lengths, group, epoch):
     plan = epoch_plan(lengths, BUDGET, 7, epoch, group)
     read = np.concatenate([plan.micro_batch(number) for number in range(len(plan))])
@@ -33,7 +32,6 @@ def test_every_sequence_is_read_once_or_named_as_left_out(lengths, group, epoch)
 
 
 @given(lengths_of_splits, st.integers(1, 16))
-@settings(deadline=None)
 def test_something_is_left_out_only_where_splitting_cannot_help(lengths, group):
     plan = epoch_plan(lengths, BUDGET, 7, 0, group)
     if len(plan.left_out):
@@ -42,7 +40,6 @@ def test_something_is_left_out_only_where_splitting_cannot_help(lengths, group):
 
 
 @given(lengths_of_splits, st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16]))
-@settings(deadline=None)
 def test_ranks_and_accumulation_are_interchangeable(lengths, world):
     group = 48 if world in (3, 6, 12) else 16
     lengths = np.concatenate([lengths, lengths, lengths])
@@ -98,7 +95,6 @@ def test_impossible_plans_are_refused_with_their_numbers():
 
 
 @given(st.lists(st.integers(1, BUDGET), min_size=1, max_size=60).map(np.array), st.integers(1, 16))
-@settings(deadline=None)
 def test_evaluation_reads_everything_once_in_as_many_forwards_on_each_rank(lengths, world):
     plan = evaluation_plan(lengths, BUDGET, world)
     ranks = [plan.of_rank(rank) for rank in range(world)]

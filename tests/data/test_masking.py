@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dstrain.data.masking import EVALUATION_EPOCH, Masked, mask_tokens
@@ -50,7 +50,6 @@ def test_only_the_asked_positions_change_and_targets_are_the_originals():
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 60)), min_size=1, max_size=8, unique_by=lambda d: d[0]))
-@settings(deadline=None)
 def test_a_sequence_is_masked_alike_in_any_company(documents):
     """Masked alone, each sequence loses the same tokens to the same words as in the micro-batch."""
     texts = [words(length, seed=number) for number, length in documents]
@@ -61,7 +60,6 @@ def test_a_sequence_is_masked_alike_in_any_company(documents):
 
 
 @given(st.integers(0, 2**63), st.integers(-1, 1000), st.sampled_from([0.15, 1.0]))
-@settings(deadline=None)
 def test_special_tokens_are_never_masked_nor_put_in(seed, epoch, rate):
     ids = np.random.default_rng(0).integers(0, 10, 500)
     masked = mask(ids, [200, 300], [0, 1], seed, epoch, rate)

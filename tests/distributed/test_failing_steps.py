@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiny_run, train_here
-from test_ranks import BIN, DOUBLE, LAUNCHED, check_same_curve, write_run
+from conftest import tiny_run, train_here
+from test_ranks import DOUBLE, check_same_curve, end_of, start_ranks, write_run
 
-from dstrain.engine import Ranks, free_port
+from benchmarks.forker import Forker
+from dstrain.engine import Ranks
 from dstrain.readings import read_readings
 
 VICTIM = """\
-import math, os, sys
-sys.path.insert(0, {root!r})
-import torch
+import math, os, sys, torch
 from dstrain.model.encoder import Encoder
 rank, intact = int(os.environ["RANK"]), Encoder.forward
 
@@ -34,10 +33,10 @@ os._exit(status)
 """
 FP16 = """\
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from dstrain import precision
+from dstrain import precision, run
 CPU_Accelerator.is_fp16_supported = lambda self: True
 choose = precision.choose
-precision.choose = lambda wanted, device: (
+precision.choose = run.choose = lambda wanted, device: (
     precision.Precision("fp16", torch.float16, "fp16: a test") if wanted == "fp16" else choose(wanted, device)
 )
 """
@@ -47,22 +46,28 @@ SHORT = "if batch.sequences.tokens > 300: {where}"
 FORWARD, BACKWARD = "torch.empty(1 << 50)", "hidden_TE.register_hook(lambda gradient: torch.empty(1 << 50))"
 
 
-def two_ranks(folder: Path, run: Path, fault: str, first: str = "") -> subprocess.CompletedProcess[str]:
-    script = folder / "victim.py"
-    script.write_text(VICTIM.format(root=str(ROOT), fault=fault, first=first))
-    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    starter = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
-    return subprocess.run(
-        [*starter, str(script), str(run)], cwd=folder, env=environ, capture_output=True, text=True, timeout=300
-    )
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def two_ranks(forker: Forker, tmp_path: Path) -> Run:
+    """Runs the door with a fault on its second rank: (the run's file, the fault, what comes before the door)."""
+
+    def run(file: Path, fault: str, first: str = "") -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "victim.py"
+        script.write_text(VICTIM.format(fault=fault, first=first))
+        return end_of(start_ranks(forker, 2, tmp_path, script, file), tmp_path)
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
-def test_a_number_that_breaks_on_one_rank_is_skipped_by_both(zero: str, small_corpus: Path, tmp_path: Path) -> None:
+def test_a_number_that_breaks_on_one_rank_is_skipped_by_both(
+    zero: str, small_corpus: Path, tmp_path: Path, two_ranks: Run
+) -> None:
     run = write_run(small_corpus, tmp_path, "run", stages__finetune=None, deepspeed=f"ds_configs/{zero}.json")
-    done = two_ranks(tmp_path, run, NAN)
+    done = two_ranks(run, NAN)
     assert done.returncode == 0, done.stderr
     [said] = [line for line in done.stderr.splitlines() if "is skipped" in line]
     assert "pretrain: loss is not a number at step 3, and its batch is skipped: on rank 1 the first number" in said
@@ -82,8 +87,8 @@ if rank == 1:
 
 
 @pytest.mark.slow
-def test_a_mistake_that_only_one_rank_meets_is_told_once(small_corpus: Path, tmp_path: Path) -> None:
-    done = two_ranks(tmp_path, write_run(small_corpus, tmp_path, "run"), "pass", MISSING)
+def test_a_mistake_that_only_one_rank_meets_is_told_once(small_corpus: Path, tmp_path: Path, two_ranks: Run) -> None:
+    done = two_ranks(write_run(small_corpus, tmp_path, "run"), "pass", MISSING)
     assert done.returncode != 0
     assert done.stderr.count("on rank 1: there is no such file on this machine") == 1, done.stderr
     assert "was lost" not in done.stderr and "Connection closed" not in done.stderr and not (tmp_path / "run/stages").exists()
@@ -92,11 +97,11 @@ def test_a_mistake_that_only_one_rank_meets_is_told_once(small_corpus: Path, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero1", "zero3"])
 def test_fp16_that_gives_out_on_one_rank_gives_way_to_bf16_on_both(
-    zero: str, small_corpus: Path, tmp_path: Path
+    zero: str, small_corpus: Path, tmp_path: Path, two_ranks: Run
 ) -> None:
     changes = {"deepspeed": f"ds_configs/{zero}.json", "precision": "fp16", "stages__pretrain__healing__skips_in_a_row": 1}
     run = write_run(small_corpus, tmp_path, "run", stages__finetune__steps=2, **changes)
-    done = two_ranks(tmp_path, run, BEYOND_FP16, FP16)
+    done = two_ranks(run, BEYOND_FP16, FP16)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("pretrain: loss is not a number at step 5, and the run goes on in bf16: on rank 1 ") == 1
     told = [reading for reading in read_readings(tmp_path / "run") if reading.split == "events"]
@@ -109,10 +114,10 @@ def test_fp16_that_gives_out_on_one_rank_gives_way_to_bf16_on_both(
 @pytest.mark.parametrize("where", [FORWARD, BACKWARD], ids=["forward", "backward"])
 @pytest.mark.parametrize("zero", ["zero0", "zero1"])
 def test_memory_that_runs_out_on_one_rank_cuts_on_both(
-    zero: str, where: str, small_corpus: Path, tmp_path: Path, ranks: Ranks
+    zero: str, where: str, small_corpus: Path, tmp_path: Path, ranks: Ranks, two_ranks: Run
 ) -> None:
     changes = {"stages__finetune": None, "encoder__dropout": 0.0, "deepspeed": f"ds_configs/{zero}.json"}
-    done = two_ranks(tmp_path, write_run(small_corpus, tmp_path, "run", **changes), SHORT.format(where=where))
+    done = two_ranks(write_run(small_corpus, tmp_path, "run", **changes), SHORT.format(where=where))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("ran out of memory; from now on each micro-batch is taken in 2 pieces") == 1
     one = {**changes, **{key: value for key, value in DOUBLE.items() if "pretrain" in key}}
@@ -123,15 +128,15 @@ def test_memory_that_runs_out_on_one_rank_cuts_on_both(
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_where_ranks_meet_in_the_middle_of_a_step_the_same_command_goes_on_in_pieces(
-    zero: str, small_corpus: Path, tmp_path: Path, ranks: Ranks
+    zero: str, small_corpus: Path, tmp_path: Path, ranks: Ranks, two_ranks: Run
 ) -> None:
     changes = {"stages__finetune": None, "encoder__dropout": 0.0, "deepspeed": f"ds_configs/{zero}.json"}
     run = write_run(small_corpus, tmp_path, "run", **changes)
-    done = two_ranks(tmp_path, run, SHORT.format(where=FORWARD))
+    done = two_ranks(run, SHORT.format(where=FORWARD))
     assert done.returncode != 0
     assert "goes on from the last checkpoint, with each micro-batch in 2 pieces" in done.stderr
     assert json.loads((tmp_path / "run/stages/pretrain/pieces.json").read_text()) == {"pieces": 2}
-    again = two_ranks(tmp_path, run, SHORT.format(where=FORWARD))
+    again = two_ranks(run, SHORT.format(where=FORWARD))
     assert again.returncode == 0, again.stderr
     one = {**changes, **{key: value for key, value in DOUBLE.items() if "pretrain" in key}}
     train_here(tiny_run(small_corpus, tmp_path, name="one", **one), ranks)

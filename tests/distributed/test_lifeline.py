@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT
-from test_ranks import BIN, LAUNCHED, _environ, write_run
+from test_ranks import BIN, _environ, end_of, marked, start_ranks, write_run
 
+from benchmarks.forker import Forked, Forker, surroundings
 from dstrain.engine import free_port
 from dstrain.lifeline import Lifeline
 
@@ -54,46 +56,44 @@ DEATHS = {
 }
 
 
-def run_until_death(
-    folder: Path, run: Path, launcher: str, death: str, rank: int, busy: bool = False
-) -> tuple[float, int, str]:
-    """(seconds from the death to the end of the last rank, exit status, all that was said)."""
-    script = folder / "victim.py"
-    mark = folder / "died"
-    code = f"open({str(mark)!r}, 'w').close(); {DEATHS[death]}"
-    script.write_text(VICTIM.format(root=str(ROOT), death=code, rank=rank, busy=busy))
-    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DSTRAIN_TEST_MARK": str(script)}
-    environ["PATH"] = f"{BIN}{os.pathsep}{environ['PATH']}"
-    port, words = str(free_port()), [str(script), str(run)]
-    starters = {
-        "torchrun": [[str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port, *words]],
-        "deepspeed": [[str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port, *words]],
-        "nobody": [[sys.executable, *words]] * 2,
-    }
-    said = folder / "said"
-    with said.open("w") as sink:
-        started = [
-            subprocess.Popen(
-                starter, cwd=folder, stdout=sink, stderr=sink,
-                env=environ if launcher != "nobody" else environ
-                | {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_PORT": port},
-            )
-            for number, starter in enumerate(starters[launcher])
-        ]  # fmt: skip
-        try:
-            deadline = time.monotonic() + 120
-            while not mark.exists() and time.monotonic() < deadline:
-                time.sleep(0.1)
-            assert mark.exists(), said.read_text()
-            died = time.monotonic()
-            statuses = [process.wait(60) for process in started]
-            left = [one for one in psutil.process_iter() if str(script) in _environ(one).values()]
-            psutil.wait_procs(left, timeout=60)
-            return time.monotonic() - died, max(map(abs, statuses)), said.read_text()
-        finally:
-            for process in [one for one in psutil.process_iter() if str(script) in _environ(one).values()]:
-                process.send_signal(signal.SIGKILL)
+Run = Callable[..., tuple[float, int, str]]
+
+
+@pytest.fixture
+def run_until_death(forker: Forker, tmp_path: Path) -> Iterator[Run]:
+    """Runs two ranks of which one dies: (seconds from the death to the end of the last rank, exit status, all they said)."""
+    script, mark, said = tmp_path / "victim.py", tmp_path / "died", tmp_path / "said"
+
+    def ours() -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if str(script) in _environ(process).values()]
+
+    def run(file: Path, launcher: str, death: str, rank: int, busy: bool = False) -> tuple[float, int, str]:
+        code = f"open({str(mark)!r}, 'w').close(); {DEATHS[death]}"
+        script.write_text(VICTIM.format(root=str(ROOT), death=code, rank=rank, busy=busy))
+        started = start(launcher, file)
+        deadline = time.monotonic() + 120
+        while not mark.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert mark.exists(), said.read_text()
+        died = time.monotonic()
+        statuses = [process.wait(60) for process in started]
+        psutil.wait_procs(ours(), timeout=60)
+        return time.monotonic() - died, max(map(abs, statuses)), said.read_text()
+
+    def start(launcher: str, file: Path) -> Sequence[Forked | subprocess.Popen[bytes]]:
+        port = str(free_port())
+        if launcher == "nobody":
+            place = {**surroundings(), "WORLD_SIZE": "2", "MASTER_PORT": port}
+            ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+            return [forker.start([script, file], tmp_path, rank, said) for rank in ranks]
+        starter = {"torchrun": ["torchrun", "--nproc_per_node"], "deepspeed": ["deepspeed", "--num_accelerators"]}[launcher]
+        command = [str(BIN / starter[0]), starter[1], "2", "--master_port", port, str(script), str(file)]
+        with said.open("w") as sink:
+            return [subprocess.Popen(command, cwd=tmp_path, env=marked(str(script)), stdout=sink, stderr=sink)]
+
+    yield run
+    for process in ours():
+        process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -110,10 +110,10 @@ def run_until_death(
     ],
 )
 def test_the_others_end_soon_and_say_little(
-    launcher: str, death: str, rank: int, small_corpus: Path, tmp_path: Path
+    launcher: str, death: str, rank: int, small_corpus: Path, tmp_path: Path, run_until_death: Run
 ) -> None:
-    run = write_run(small_corpus, tmp_path, "run", stages__finetune=None)
-    seconds, status, said = run_until_death(tmp_path, run, launcher, death, rank)
+    file = write_run(small_corpus, tmp_path, "run", stages__finetune=None)
+    seconds, status, said = run_until_death(file, launcher, death, rank)
     assert seconds < 30 and status != 0, said
     ours = re.sub(r"(?s)\[rank\d\]:.*?\n", "", said)
     if death == "raised":
@@ -127,17 +127,16 @@ def test_the_others_end_soon_and_say_little(
 
 
 @pytest.mark.slow
-def test_a_rank_that_waits_for_no_other_is_ended_too(small_corpus: Path, tmp_path: Path) -> None:
+def test_a_rank_that_waits_for_no_other_is_ended_too(small_corpus: Path, tmp_path: Path, run_until_death: Run) -> None:
     """Busy for minutes without a word to its peers, as behind a collective of NCCL; nobody started it who could end it."""
-    run = write_run(small_corpus, tmp_path, "run", stages__finetune=None)
-    seconds, status, said = run_until_death(tmp_path, run, "nobody", "killed", 1, busy=True)
+    file = write_run(small_corpus, tmp_path, "run", stages__finetune=None)
+    seconds, status, said = run_until_death(file, "nobody", "killed", 1, busy=True)
     assert seconds < 30 and status != 0, said
     assert said.count("rank 0 ends: rank 1 was lost; its own error stands above or in its log") == 1, said
 
 
 PATIENT = """\
-import os, sys, time
-sys.path.insert(0, {root!r})
+import os, time
 from dstrain.engine import join_ranks, leave_ranks
 ranks = join_ranks(timeout_minutes={minutes})
 print("joined", flush=True)
@@ -149,39 +148,28 @@ leave_ranks()
 """
 
 
-def two_ranks(script: Path) -> list[subprocess.Popen[str]]:
-    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2", "MASTER_PORT": str(free_port())}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(script)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-
-
 @pytest.mark.slow
-def test_ranks_wait_for_what_the_first_one_does_longer_than_for_each_other(tmp_path: Path) -> None:
+def test_ranks_wait_for_what_the_first_one_does_longer_than_for_each_other(tmp_path: Path, forker: Forker) -> None:
     """As where it has more text to tokenise than anybody would wait for a rank that does not come."""
     script = tmp_path / "patient.py"
-    script.write_text(PATIENT.format(root=str(ROOT), minutes=0.4, seconds=30))
-    for process in two_ranks(script):
-        assert process.communicate(timeout=120)[0] == "joined\nwaited\n" and process.returncode == 0
+    script.write_text(PATIENT.format(minutes=0.4, seconds=30))
+    done = end_of(start_ranks(forker, 2, tmp_path, script), tmp_path)
+    assert done.stdout == "joined\nwaited\n" * 2 and done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
-def test_a_rank_that_dies_is_missed_at_once_by_one_that_would_wait_for_a_day(tmp_path: Path, dies: int) -> None:
+def test_a_rank_that_dies_is_missed_at_once_by_one_that_would_wait_for_a_day(
+    dies: int, tmp_path: Path, forker: Forker
+) -> None:
     script = tmp_path / "dying.py"
-    code = PATIENT.format(root=str(ROOT), minutes=2, seconds=3)
+    code = PATIENT.format(minutes=2, seconds=3)
     script.write_text(code.replace("with ranks", f"if ranks.rank == {dies}:\n    time.sleep(3), os._exit(7)\nwith ranks"))
-    processes = two_ranks(script)
-    assert processes[dies].wait(120) == 7
+    ranks = start_ranks(forker, 2, tmp_path, script)
+    assert ranks[dies].wait(120) == 7
     died = time.monotonic()
-    said = processes[1 - dies].communicate(timeout=60)[0]
-    assert time.monotonic() - died < 15 and processes[1 - dies].returncode, said
-    processes[dies].communicate()
+    assert ranks[1 - dies].wait(60), (tmp_path / f"rank{1 - dies}.err").read_text()
+    assert time.monotonic() - died < 15
 
 
 # ------------------------------------------------------------------------------------------------ machines that vanish

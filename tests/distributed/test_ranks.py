@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +18,73 @@ import psutil
 import pytest
 from conftest import ROOT, tiny_run, train_here
 
+from benchmarks.forker import Forked, Forker, surroundings
 from dstrain.engine import Ranks, free_port
 from dstrain.readings import read_readings
 from dstrain.schema import dump_yaml
 
 BIN = Path(sys.executable).parent
 SHARED_MEMORY = Path("/dev/shm")
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
+DOOR = ROOT / "dstrain" / "train.py"
 
 
 def command(launcher: str, ranks: int, *words: str) -> list[str]:
-    """How a user starts the door; `script` inside a launcher, or python itself."""
-    script = str(ROOT / "dstrain" / "train.py")
-    if launcher == "deepspeed":
-        starter = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    elif launcher == "torchrun":
-        starter = [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    else:
-        assert launcher == "python" and ranks == 1
-        starter = [sys.executable]
-    return [*starter, script, *words]
+    """How a user starts the door with several ranks."""
+    starter = {"deepspeed": "--num_accelerators", "torchrun": "--nproc_per_node"}
+    return [str(BIN / launcher), starter[launcher], str(ranks), "--master_port", str(free_port()), str(DOOR), *words]
 
 
 def launch(folder: Path, launcher: str, ranks: int, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs the door to its end in a folder of its own; fails when a process of it lives on."""
     mark = f"{folder}-{launcher}-{ranks}-{free_port()}"
-    shared = {*SHARED_MEMORY.iterdir()}
-    done = subprocess.run(
-        command(launcher, ranks, *words), cwd=folder, env=marked(mark), capture_output=True, text=True, timeout=300
-    )
-    ours = [process for process in psutil.process_iter() if mark in _environ(process).values()]
-    _, left = psutil.wait_procs(ours, timeout=10)  # the launcher does not wait for a rank's own last breath
-    assert left == [], f"processes are left: {left}"
-    assert not {*SHARED_MEMORY.iterdir()} - shared, "memory is left, until the machine is started again"
+    with no_memory_left():
+        done = subprocess.run(
+            command(launcher, ranks, *words), cwd=folder, env=marked(mark), capture_output=True, text=True, timeout=300
+        )
+        ours = [process for process in psutil.process_iter() if mark in _environ(process).values()]
+        _, left = psutil.wait_procs(ours, timeout=10)  # the launcher does not wait for a rank's own last breath
+        assert left == [], f"processes are left: {left}"
     return done
+
+
+@contextmanager
+def no_memory_left() -> Iterator[None]:
+    """Fails when what ranks share outlives them: it would stay until the machine is started again."""
+    before = {*SHARED_MEMORY.iterdir()}
+    yield
+    assert not {*SHARED_MEMORY.iterdir()} - before, "shared memory is left"
+
+
+def start_ranks(forker: Forker, world: int, folder: Path, *program: object) -> list[Forked]:
+    """Ranks as srun starts them, each a process by itself, but without the seconds of their imports."""
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for rank in range(world):
+        said = [folder / f"rank{rank}.{end}" for end in ("out", "err")]
+        for file in said:
+            file.unlink(missing_ok=True)
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(forker.start(program, folder, {**surroundings(), **place, **own}, *said))
+    return started
+
+
+def end_of(ranks: list[Forked], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Waits for all of them: the worst status, and what they said one after the other."""
+    statuses = [rank.wait(300) for rank in ranks]
+    out, err = ("".join((folder / f"rank{rank}.{end}").read_text() for rank in range(len(ranks))) for end in ("out", "err"))
+    return subprocess.CompletedProcess([], max(statuses, key=abs), out, err)
+
+
+def run_ranks(forker: Forker, world: int, file: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """The door with a run's file, to its end."""
+    with no_memory_left():
+        return end_of(start_ranks(forker, world, file.parent, DOOR, file, *words), file.parent)
 
 
 def marked(mark: str) -> dict[str, str]:
     """The environment of a launcher whose processes are to be found again."""
-    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DSTRAIN_TEST_MARK": mark}
-    return environ | {"PATH": f"{BIN}{os.pathsep}{environ['PATH']}"}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**surroundings(), "DSTRAIN_TEST_MARK": mark, "PATH": path}
 
 
 def _environ(process: psutil.Process) -> dict[str, str]:
@@ -115,12 +144,13 @@ def test_two_ranks_take_the_steps_of_one_with_twice_the_accumulation(
     ],
 )
 def test_at_every_stage_two_ranks_are_one_with_twice_the_accumulation(
-    zero: str, precision: str, tolerance: float, small_corpus: Path, tmp_path: Path, ranks: Ranks
+    zero: str, precision: str, tolerance: float, small_corpus: Path, tmp_path: Path, ranks: Ranks, forker: Forker
 ) -> None:
-    """Under deepspeed, whose launcher takes ten seconds more than torchrun's, once for all."""
+    """Under deepspeed, whose launcher takes ten seconds, once for all."""
     plan = {"deepspeed": f"ds_configs/{zero}.json", "precision": precision}
     two = write_run(small_corpus, tmp_path, "two", **HARD, **plan)
-    done = launch(tmp_path, "deepspeed" if (zero, precision) == ("zero2", "fp32") else "torchrun", 2, str(two))
+    real = (zero, precision) == ("zero2", "fp32")
+    done = launch(tmp_path, "deepspeed", 2, str(two)) if real else run_ranks(forker, 2, two)
     assert done.returncode == 0, done.stderr
     assert "finetune" in done.stdout and "test: " in done.stdout and "FutureWarning" not in done.stderr
     train_here(tiny_run(small_corpus, tmp_path, name="one", **HARD, **DOUBLE, precision=precision), ranks)
@@ -134,50 +164,39 @@ def test_one_rank_needs_no_port(tmp_path: Path) -> None:
         program = "from dstrain.engine import *; ranks = join_ranks(); print(ranks.agree(ranks.world)); leave_ranks()"
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
-            env=os.environ | place | {"MASTER_PORT": str(others.getsockname()[1]), "DS_ACCELERATOR": "cpu"},
+            env={**surroundings(), **place, "MASTER_PORT": str(others.getsockname()[1])},
         )
     assert done.returncode == 0 and done.stdout == "1\n", done.stderr
 
 
-def stopped_after(file: Path, world: int, stage: str, step: int) -> str:
-    """Starts the ranks one by one, asks all of them to stop once a step was told, and returns what the first said."""
-    port = free_port()
-    environ = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            command("python", 1, str(file), "--quiet"), cwd=file.parent, stderr=subprocess.PIPE, text=True,
-            env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"},
-        )
-        for rank in range(world)
-    ]  # fmt: skip
+def stopped_after(forker: Forker, file: Path, world: int, stage: str, step: int) -> str:
+    """Asks all ranks to stop once a step was told, and returns what the first said."""
     folder = file.with_suffix("")
+    ranks = start_ranks(forker, world, file.parent, DOOR, file, "--quiet")
     while all(rank.poll() is None for rank in ranks):
         if (folder / "readings.jsonl").exists() and any(row[0] == stage and row[2] >= step for row in curve(folder)):
             break
-        try:
-            ranks[0].wait(0.05)
-        except subprocess.TimeoutExpired:
-            pass
+        time.sleep(0.02)
     for rank in ranks:
-        rank.terminate()
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        rank.send_signal(signal.SIGTERM)
+    end_of(ranks, file.parent)
+    said = [(file.parent / f"rank{rank}.err").read_text() for rank in range(world)]
     assert [rank.returncode for rank in ranks] == [75] * world, said
     return said[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
-def test_two_ranks_stop_on_a_signal_and_go_on(zero: str, small_corpus: Path, tmp_path: Path) -> None:
+def test_two_ranks_stop_on_a_signal_and_go_on(zero: str, small_corpus: Path, tmp_path: Path, forker: Forker) -> None:
     """SIGTERM to both ranks: status 75, and the same command ends where an undisturbed run ends, to the last bit."""
     plan = {"deepspeed": f"ds_configs/{zero}.json", "stages__finetune__steps": 120}
     plan |= {"stages__finetune__evaluate_every_steps": 20}
     whole = write_run(small_corpus, tmp_path, "whole", **HARD, **plan)
     cut = write_run(small_corpus, tmp_path, "cut", **HARD, **plan)
-    assert launch(tmp_path, "torchrun", 2, str(whole), "--quiet").returncode == 0
-    said = stopped_after(cut, 2, "finetune", 10)
+    assert run_ranks(forker, 2, whole, "--quiet").returncode == 0
+    said = stopped_after(forker, cut, 2, "finetune", 10)
     assert "saved finetune at step" in said and "the same command goes on from there" in said
-    assert launch(tmp_path, "torchrun", 2, str(cut), "--quiet").returncode == 0
+    assert run_ranks(forker, 2, cut, "--quiet").returncode == 0
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     kept = [(tmp_path / name / "stages/finetune/best.safetensors").read_bytes() for name in ("cut", "whole")]
     assert kept[0] == kept[1]
@@ -210,17 +229,17 @@ def test_ranks_save_and_end_when_the_deepspeed_command_is_killed(small_corpus: P
     [*((f"zero{stage}", "fp32", 1e-5) for stage in range(4)), ("zero2_offload", "fp32", 1e-5), ("zero1", "bf16", 2e-2)],
 )
 def test_other_numbers_of_ranks_go_on_by_themselves(
-    zero: str, precision: str, tolerance: float, small_corpus: Path, tmp_path: Path
+    zero: str, precision: str, tolerance: float, small_corpus: Path, tmp_path: Path, forker: Forker
 ) -> None:
     """1 -> 2 -> 1 ranks, before and after a thaw, against two ranks that nobody disturbed. 17 wide: shares are padded."""
     plan: dict[str, Any] = {"deepspeed": f"ds_configs/{zero}.json", "precision": precision, "stages__pretrain": None}
     plan |= {"stages__finetune__steps": 80, "stages__finetune__accumulation": 2, "encoder__hidden_size": 17, **HARD}
     whole = write_run(small_corpus, tmp_path, "whole", **plan)
     cut = write_run(small_corpus, tmp_path, "cut", **plan)
-    assert launch(tmp_path, "python", 1, str(whole), "--quiet").returncode == 0
-    stopped_after(cut, 1, "finetune", 10)
-    stopped_after(cut, 2, "finetune", 40)
-    done = launch(tmp_path, "python", 1, str(cut))
+    assert run_ranks(forker, 1, whole, "--quiet").returncode == 0
+    stopped_after(forker, cut, 1, "finetune", 10)
+    stopped_after(forker, cut, 2, "finetune", 40)
+    done = run_ranks(forker, 1, cut)
     assert done.returncode == 0, done.stderr
     check_same_curve(tmp_path / "cut", tmp_path / "whole", tolerance)
     assert len({step for *_, step, _, _ in curve(tmp_path / "cut")}) == len(range(2, 81, 2))
@@ -228,16 +247,18 @@ def test_other_numbers_of_ranks_go_on_by_themselves(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero1", "zero3"])
-def test_more_ranks_than_micro_batches_share_them(zero: str, small_corpus: Path, tmp_path: Path) -> None:
+def test_more_ranks_than_micro_batches_share_them(
+    zero: str, small_corpus: Path, tmp_path: Path, forker: Forker
+) -> None:
     """1 -> 2 -> 1 ranks with one micro-batch a step, dropout and all, against one rank that nobody disturbed."""
     plan: dict[str, Any] = {"deepspeed": f"ds_configs/{zero}.json", "stages__pretrain": None, "stages__finetune__steps": 80}
     whole = write_run(small_corpus, tmp_path, "whole", **plan, **HARD)
     cut = write_run(small_corpus, tmp_path, "cut", **plan, **HARD)
-    assert launch(tmp_path, "python", 1, str(whole), "--quiet").returncode == 0
-    stopped_after(cut, 1, "finetune", 10)
-    said = stopped_after(cut, 2, "finetune", 40)
+    assert run_ranks(forker, 1, whole, "--quiet").returncode == 0
+    stopped_after(forker, cut, 1, "finetune", 10)
+    said = stopped_after(forker, cut, 2, "finetune", 40)
     assert "begun by 1 rank(s), goes on with 2: accumulation and shared micro-batches keep every step as it was" in said
-    done = launch(tmp_path, "python", 1, str(cut))
+    done = run_ranks(forker, 1, cut)
     assert done.returncode == 0, done.stderr
     check_same_curve(tmp_path / "cut", tmp_path / "whole", 1e-5)
 
@@ -266,14 +287,14 @@ def test_a_mistake_is_told_once(
 
 
 @pytest.mark.slow
-def test_divergence_ends_with_status_1_and_a_sentence(small_corpus: Path, tmp_path: Path) -> None:
+def test_divergence_ends_with_status_1_and_a_sentence(small_corpus: Path, tmp_path: Path, forker: Forker) -> None:
     file = write_run(small_corpus, tmp_path, "run", stages__pretrain__optim__lr=1e6)
-    done = launch(tmp_path, "python", 1, str(file))
+    done = run_ranks(forker, 1, file)
     assert done.returncode == 1
     assert "pretrain: loss is not a number at step 5 (3 batches were skipped before): the first number" in done.stderr
     assert "; lower stages.pretrain.optim.lr" in done.stderr
     assert "Traceback" not in done.stderr
-    two = launch(tmp_path, "torchrun", 2, str(file), "name=two")
+    two = run_ranks(forker, 2, file, "name=two")
     assert two.returncode == 1 and two.stderr.count("is not a number at step 5") == 1
 
 

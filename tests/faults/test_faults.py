@@ -6,7 +6,6 @@ import contextlib
 import json
 import random
 import sqlite3
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks.faults import ATTENTION, Configuration, Difference, Ended, Fault, Harness, harness, tables
+from benchmarks.faults import ATTENTION, Configuration, Difference, Ended, Fault, Harness, tables
 from benchmarks.faults_compare import compare_readings, compare_tensors, compare_tracking
+from benchmarks.forker import Forker
 from dstrain.readings import Reading, to_line
 
 PLAIN = Configuration("sdpa", 1, 1, "fp32", tracked=False)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
-    with harness(random.SystemRandom().randrange(10**6), tmp_path_factory.mktemp("faults"), print) as one:
-        yield one
+def made(tmp_path_factory: pytest.TempPathFactory, forker: Forker) -> Harness:
+    return Harness(tmp_path_factory.mktemp("faults"), random.SystemRandom().randrange(10**6), print, forker)
 
 
 def test_a_run_that_dies_at_random_ends_as_if_it_had_not(made: Harness) -> None:

@@ -96,7 +96,7 @@ def looped_pool(hidden_TE: torch.Tensor, lengths: list[int], pooling: str) -> to
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "max", "min"])
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_pooling_agrees_with_a_loop_over_documents(pooling, lengths):
     ours, looped = (noise(sum(lengths), 5, seed=len(lengths)).requires_grad_() for _ in range(2))
     pooled, truth = pool(ours, Sequences.of(lengths), pooling), looped_pool(looped, lengths, pooling)

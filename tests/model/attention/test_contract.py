@@ -67,7 +67,7 @@ def relative(x: Tensor, truth: Tensor) -> float:
 
 
 @every_case
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(lengths=st.lists(st.integers(1, 21), min_size=1, max_size=5, unique=True), data=st.data())
 def test_a_document_is_attended_alone_whatever_lies_beside_it_and_in_which_order(case, lengths, data):
     module = build(case)
