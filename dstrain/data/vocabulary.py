@@ -6,6 +6,7 @@ N documents; ids are below V, the size of the vocabulary.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -22,7 +23,9 @@ from dstrain.schema import Settings, UserError, setting
 Say = Callable[[str], None]
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 FILE_NAME = "tokenizer.json"
-_FORMAT = 1  # part of every cache key; raised when the same settings would train another vocabulary
+_FORMAT = 2  # part of every cache key; raised when the same settings would train another vocabulary
+_WORD = 100  # characters; longer words read [UNK], as BERT's
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{_WORD + 1},}}")
 _PIECE = 50_000  # characters encoded at a time: a tokenizer needs hundreds of bytes for each
 
 
@@ -162,7 +165,12 @@ def train(settings: VocabularySettings, texts: Iterable[str]) -> Vocabulary:
 
     texts = _sampled(texts if isinstance(texts, Sequence) else list(texts), settings.training_characters)
     tokenizer = _word_pieces({UNK: 0}, settings.lowercase)
-    alphabet = _alphabet(texts, tokenizer.normalizer, min(settings.alphabet_size, settings.size // 8))
+    reader = _word_pieces({UNK: 0}, settings.lowercase)  # one that is being trained waits for itself when it is asked
+
+    def readable() -> Iterator[str]:  # texts may lie on a disk
+        return (_without_monsters(text, reader) for text in texts)
+
+    alphabet = _alphabet(readable(), tokenizer.normalizer, min(settings.alphabet_size, settings.size // 8))
     # The trainer numbers characters inside words (`##a`) in the order of a randomly seeded hash map, and ties between
     # pairs go by number. Named as special tokens they have fixed numbers, and the result is the same every time.
     specials = [*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet)]
@@ -174,7 +182,7 @@ def train(settings: VocabularySettings, texts: Iterable[str]) -> Vocabulary:
         limit_alphabet=max(1, len(alphabet)),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sliced(texts), trainer)
+    tokenizer.train_from_iterator(_sliced(readable()), trainer)
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return Vocabulary(
         _word_pieces({token: place for place, (token, _) in enumerate(tokens)}, settings.lowercase), "training text"
@@ -188,6 +196,16 @@ def _sampled(texts: Sequence[str], most: int) -> Sequence[str]:
         return texts
     count = max(1, len(texts) * most // total)
     return [texts[place * len(texts) // count] for place in range(count)]
+
+
+def _without_monsters(text: str, tokenizer: Any) -> str:
+    """The text without words that are too long to be read: a trainer takes the square of a word's length to learn from it."""
+
+    def kept(run: re.Match[str]) -> str:
+        words = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(run[0]))
+        return " ".join(word for word, _ in words if len(word) <= _WORD)
+
+    return _LONG_RUN.sub(kept, text)
 
 
 def _alphabet(texts: Iterable[str], normalizer: Any, most: int) -> list[str]:
@@ -210,7 +228,7 @@ def _sliced(texts: Iterable[str]) -> Iterator[str]:
 def _word_pieces(vocabulary: dict[str, int], lowercase: bool) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token=UNK, max_input_chars_per_word=100))
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token=UNK, max_input_chars_per_word=_WORD))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()

@@ -81,6 +81,21 @@ def test_monsters_take_seconds(vocabulary):
     assert time.monotonic() - begin < 20
 
 
+def test_what_is_too_long_to_be_read_is_not_learned_from():
+    """A word of 200 000 characters took a trainer 49 seconds, and one of 5 MB a day (found by the fuzzer)."""
+    settings = VocabularySettings(size=150)
+    words = "https://example.org/films/" + "good-film/" * 20
+    plain = train(settings, [*TEXTS, words.replace("/", " / "), "y"])
+    begin = time.process_time()
+    monstrous = train(settings, [*TEXTS, words, "y " + "x" * 1_000_000])
+    assert time.process_time() - begin < 5
+    assert monstrous._tokenizer.to_str() == plain._tokenizer.to_str()
+    limit = "ab" * 50
+    for word, learned in ((limit, True), (limit + "a", False)):
+        found = train(VocabularySettings(size=400, min_frequency=1), [word, "cat"])
+        assert (found.encode(["ab"])[0].tolist() != [found.unk]) == learned
+
+
 def test_the_size_is_kept_even_where_the_alphabet_is_larger():
     texts = ["".join(chr(code) for code in range(0x4E00, 0x4E00 + 500)), "abc " * 50]
     assert train(VocabularySettings(size=64, min_frequency=1), texts).size <= 64
