@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 import logging
 import math
@@ -314,6 +315,16 @@ def preload() -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a child that needs the compiler starts no workers for it
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import_deepspeed()
+    for name in _IMPORTED_LATE:
+        with contextlib.suppress(ImportError):  # other versions have other ones
+            importlib.import_module(name)
+
+
+_IMPORTED_LATE = (
+    "deepspeed.module_inject.auto_ep_config", "deepspeed.module_inject.auto_ep_layer", "deepspeed.utils.pin_memory",
+    "dstrain.lifeline", "safetensors.torch", "tokenizers", "torch.utils.cpp_extension", "torch.utils.serialization",
+)  # fmt: skip
+"""What a start comes to need after `import deepspeed`: .7 s, of which setuptools under cpp_extension is most."""
 
 
 def _load_op(says_that_it_waits: bool) -> None:
