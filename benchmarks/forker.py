@@ -1,7 +1,8 @@
 """Programs that start without their imports: a process that has imported everything forks them.
 
 A start of `train.py` imports for five CPU seconds and may then work for one. Who starts hundreds asks a `Forker`, whose
-server runs a program's file as Python would: in a process, folder and environment of its own.
+server runs a program's file in a process, folder and environment of its own. Strings hash alike in all of them, and nothing
+that a program leaves to the interpreter's end (atexit) happens.
 
     with Forker() as forker:
         rank = forker.start(["dstrain/train.py", "run.yaml"], folder, environ, folder / "log.txt")
@@ -70,6 +71,8 @@ class Forker:
             [sys.executable, str(Path(__file__).resolve())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=surroundings(), cwd=ROOT,
         )  # fmt: skip
+        self._asked = 0
+        self._started: list[Forked] = []
 
     def __enter__(self) -> Forker:
         return self
@@ -82,25 +85,40 @@ class Forker:
     ) -> Forked:
         """Runs `program`, a file of Python and its words, in `folder`; what it says is appended to `out` and `err`."""
         told = {"program": [*map(str, program)], "folder": str(folder), "environ": dict(environ)}
-        return Forked(self, int(self.ask({**told, "out": str(out), "err": str(err or out)})))
+        started = Forked(self, int(self.ask({**told, "out": str(out), "err": str(err or out)})))
+        self._started.append(started)
+        return started
 
     def ask(self, what: dict[str, Any]) -> Any:
         """The server's answer."""
         assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(what) + "\n")
+        self._asked += 1
+        self._server.stdin.write(json.dumps([self._asked, what]) + "\n")
         self._server.stdin.flush()
-        answer = self._server.stdout.readline()
-        while answer and not answer.startswith(("null", "-", *"0123456789")):  # a library's word at its import
-            answer = self._server.stdout.readline()
-        if not answer:
-            raise RuntimeError("the process that starts programs has died")
-        return json.loads(answer)
+        mark = f"[{self._asked}, "
+        for answer in self._server.stdout:  # before it: libraries' words, and what somebody asked who was interrupted
+            if answer.startswith(mark):
+                return json.loads(answer)[1]
+        raise RuntimeError("the process that starts programs has died")
+
+    def kill_all(self) -> None:
+        """Kills what was started and still runs."""
+        for started in self._started:
+            started.send_signal(signal.SIGKILL)
+        for started in self._started:
+            started.wait(30)
+        self._started.clear()
 
     def close(self) -> None:
         """Ends the server, and with it what still runs."""
-        assert self._server.stdin is not None
+        assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.close()
-        self._server.wait(timeout=30)
+        try:
+            self._server.wait(30)
+        except subprocess.TimeoutExpired:  # somebody else holds the other end open
+            self._server.kill()
+            self._server.wait()
+        self._server.stdout.close()
 
 
 # ------------------------------------------------------------------------------------------------------ the server
@@ -117,9 +135,9 @@ def serve() -> None:
     from dstrain import run, settings, stopping, tracking, train, vitals  # noqa: F401
 
     for line in sys.stdin:
-        asked = json.loads(line)
+        number, asked = json.loads(line)
         answer = _status(asked["of"]) if "of" in asked else _start(**asked)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps([number, answer]), flush=True)
 
 
 def _status(pid: int) -> int | None:
@@ -128,31 +146,36 @@ def _status(pid: int) -> int | None:
 
 
 def _start(program: list[str], folder: str, environ: dict[str, str], out: str, err: str) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        _take_place(folder, environ, out, err)
+        status = _run(program)
+    finally:
+        os._exit(status)
+
+
+def _take_place(folder: str, environ: dict[str, str], out: str, err: str) -> None:
     from dstrain.tune.rank import die_with_parent
 
-    pid = os.fork()
-    if pid == 0:
-        die_with_parent()
-        _redirect(out, err)
-        os._exit(_run(program, folder, environ))
-    return pid
-
-
-def _redirect(out: str, err: str) -> None:
-    nothing = os.open(os.devnull, os.O_RDONLY)
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     said = [os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for name in (out, err)]
-    for target, source in enumerate((nothing, *said)):
-        os.dup2(source, target)
+    for target, source in enumerate((os.open(os.devnull, os.O_RDONLY), *said)):
+        os.dup2(source, target, inheritable=True)
+        os.close(source)
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(folder)
 
 
-def _run(program: list[str], folder: str, environ: dict[str, str]) -> int:
+def _run(program: list[str]) -> int:
     """The exit status of a program that does not end the process itself."""
-    status: int | str | None = 0
+    sys.argv[:] = program
+    status: object = None
     try:
-        os.environ.clear()
-        os.environ.update(environ)
-        os.chdir(folder)
-        sys.argv[:] = program
         runpy.run_path(program[0], run_name="__main__")
     except SystemExit as end:
         status = end.code
@@ -161,7 +184,7 @@ def _run(program: list[str], folder: str, environ: dict[str, str]) -> int:
 
         traceback.print_exc()
         status = 1
-    if isinstance(status, str):
+    if not isinstance(status, int | None):
         print(status, file=sys.stderr)
         status = 1
     sys.stdout.flush(), sys.stderr.flush()

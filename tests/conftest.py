@@ -76,12 +76,19 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def forker() -> Iterator[Forker]:
+def fork_server() -> Iterator[Forker]:
     """Starts programs without the seconds that their imports take; one process for all tests that ask for it."""
     from benchmarks.forker import Forker
 
     with Forker() as one:
         yield one
+
+
+@pytest.fixture
+def forker(fork_server: Forker) -> Iterator[Forker]:
+    """The same, and nothing that a test has started outlives it."""
+    yield fork_server
+    fork_server.kill_all()
 
 
 @pytest.fixture
@@ -182,6 +189,7 @@ def train_here(
 
     settings = validate(RunSettings, tree, "test")
     told = Told(settings) if told is None else told
+    told.settings = settings
     claim(settings, told.sentences.append)
     report = fan_out(JsonLines(settings.folder), told.readings.append)
     watch = Watch(report, told.sentences.append, told.tags.update, asked_to_stop, told_to_stop)

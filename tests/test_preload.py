@@ -24,11 +24,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_forked_start_imports_next_to_nothing(small_corpus: Path, tmp_path: Path, forker: Forker) -> None:
-    """212 modules were half of the CPU time of a small one (1.17 s to .58). Seats fork trials just so."""
+    """212 modules were half of the CPU time of a small one (1.17 s to .58). Seats of trials call the same `preload`."""
     script = tmp_path / "counting.py"
     script.write_text(COUNTING)
     file = write_run(small_corpus, tmp_path, "run", stages__finetune=None, stages__pretrain__steps=2)
     done = end_of(start_ranks(forker, 1, tmp_path, script, ROOT / "dstrain/train.py", file), tmp_path)
     assert done.returncode == 0, done.stderr
-    _, _, imported = done.stdout.partition("imported:")
-    assert len(imported.split()) < 50 and "setuptools" not in imported, imported
+    _, counted, imported = done.stdout.partition("imported:")
+    assert counted and len(imported.split()) < 50 and "setuptools" not in imported, imported

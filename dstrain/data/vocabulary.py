@@ -25,7 +25,8 @@ PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]",
 FILE_NAME = "tokenizer.json"
 _FORMAT = 2  # part of every cache key; raised when the same settings would train another vocabulary
 _WORD = 100  # characters; longer words read [UNK], as BERT's
-_LONG_RUN = re.compile(rf"(?<!\S)\S{{{_WORD + 1},}}")
+# Between two of what separates words for sure: spaces, ASCII punctuation, Chinese characters (each is a word).
+_LONG_RUN = re.compile(rf"[^ \t\n\r!-/:-@\[-`{{-~\u4e00-\u9fff]{{{_WORD + 1},}}")
 _PIECE = 50_000  # characters encoded at a time: a tokenizer needs hundreds of bytes for each
 
 
@@ -160,7 +161,10 @@ def _silent(line: str) -> None:
 
 
 def train(settings: VocabularySettings, texts: Iterable[str]) -> Vocabulary:
-    """A WordPiece vocabulary; the same texts and settings give the same ids, whatever the order of threads."""
+    """A WordPiece vocabulary; the same texts and settings give the same ids, whatever the order of threads.
+
+    Words of over 100 characters, which it reads as [UNK], are not learned from.
+    """
     from tokenizers import trainers
 
     texts = _sampled(texts if isinstance(texts, Sequence) else list(texts), settings.training_characters)

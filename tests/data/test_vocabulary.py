@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from dstrain.data.vocabulary import _PIECE, SPECIAL_TOKENS, Vocabulary, VocabularySettings, open_vocabulary, train
+from dstrain.data.vocabulary import (
+    _PIECE,
+    SPECIAL_TOKENS,
+    Vocabulary,
+    VocabularySettings,
+    _without_monsters,
+    _word_pieces,
+    open_vocabulary,
+    train,
+)
 from dstrain.schema import UserError
 
 TEXTS = [
@@ -81,13 +91,31 @@ def test_monsters_take_seconds(vocabulary):
     assert time.monotonic() - begin < 20
 
 
+CHARACTERS = "xÉ \n\x0c\x1f\x85\u00a0\u200b\u3000\ufeff.-/_`~[{@:!\u3002\u4e2d\u3400\uac00\u0301"
+RUNS = st.tuples(st.sampled_from(CHARACTERS), st.integers(1, 120))
+
+
+@given(st.lists(RUNS, max_size=8), st.booleans())
+def test_text_loses_its_longest_words_and_nothing_else(runs, lowercase):
+    tokenizer = _word_pieces({"[UNK]": 0}, lowercase)
+
+    def words(text):
+        normal = tokenizer.normalizer.normalize_str(text)
+        return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
+
+    text = "".join(character * count for character, count in runs)
+    kept, all_of_them = words(_without_monsters(text, tokenizer)), words(text)
+    assert [word for word in kept if len(word) <= 100] == [word for word in all_of_them if len(word) <= 100]
+    assert all(unicodedata.normalize("NFC", word) != word for word in kept if len(word) > 100), "syllables that fall apart"
+
+
 def test_what_is_too_long_to_be_read_is_not_learned_from():
     """A word of 200 000 characters took a trainer 49 seconds, and one of 5 MB a day (found by the fuzzer)."""
     settings = VocabularySettings(size=150)
     words = "https://example.org/films/" + "good-film/" * 20
     plain = train(settings, [*TEXTS, words.replace("/", " / "), "y"])
     begin = time.process_time()
-    monstrous = train(settings, [*TEXTS, words, "y " + "x" * 1_000_000])
+    monstrous = train(settings, [*TEXTS, words, "y " + "x" * 1_000_000, ("x" * 60 + "\x0c") * 5000])
     assert time.process_time() - begin < 5
     assert monstrous._tokenizer.to_str() == plain._tokenizer.to_str()
     limit = "ab" * 50

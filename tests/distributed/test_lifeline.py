@@ -154,7 +154,7 @@ def test_ranks_wait_for_what_the_first_one_does_longer_than_for_each_other(tmp_p
     script = tmp_path / "patient.py"
     script.write_text(PATIENT.format(minutes=0.4, seconds=30))
     done = end_of(start_ranks(forker, 2, tmp_path, script), tmp_path)
-    assert done.stdout == "joined\nwaited\n" * 2 and done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr, done.returncode) == ("joined\nwaited\n" * 2, "", 0)
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ PLAIN = Configuration("sdpa", 1, 1, "fp32", tracked=False)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, forker: Forker) -> Harness:
-    return Harness(tmp_path_factory.mktemp("faults"), random.SystemRandom().randrange(10**6), print, forker)
+def made(tmp_path_factory: pytest.TempPathFactory, fork_server: Forker) -> Harness:
+    return Harness(tmp_path_factory.mktemp("faults"), random.SystemRandom().randrange(10**6), print, fork_server)
 
 
 def test_a_run_that_dies_at_random_ends_as_if_it_had_not(made: Harness) -> None:
