@@ -25,22 +25,22 @@ from dstrain.schema import dump_yaml
 
 BIN = Path(sys.executable).parent
 SHARED_MEMORY = Path("/dev/shm")
-DEEPSPEEDS = "deepspeed_*"  # other programs on the machine have memory of their own
 DOOR = ROOT / "dstrain" / "train.py"
 
 
-def command(launcher: str, ranks: int, *words: str) -> list[str]:
+def command(launcher: str, ranks: int, port: int, *words: str) -> list[str]:
     """How a user starts the door with several ranks."""
     starter = {"deepspeed": "--num_accelerators", "torchrun": "--nproc_per_node"}
-    return [str(BIN / launcher), starter[launcher], str(ranks), "--master_port", str(free_port()), str(DOOR), *words]
+    return [str(BIN / launcher), starter[launcher], str(ranks), "--master_port", str(port), str(DOOR), *words]
 
 
 def launch(folder: Path, launcher: str, ranks: int, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs the door to its end in a folder of its own; fails when a process of it lives on."""
-    mark = f"{folder}-{launcher}-{ranks}-{free_port()}"
-    with no_memory_left():
+    port = free_port()
+    mark = f"{folder}-{launcher}-{ranks}-{port}"
+    with no_memory_left(port):
         done = subprocess.run(
-            command(launcher, ranks, *words), cwd=folder, env=marked(mark), capture_output=True, text=True, timeout=300
+            command(launcher, ranks, port, *words), cwd=folder, env=marked(mark), capture_output=True, text=True, timeout=300
         )
         ours = [process for process in psutil.process_iter() if mark in _environ(process).values()]
         _, left = psutil.wait_procs(ours, timeout=10)  # the launcher does not wait for a rank's own last breath
@@ -49,16 +49,15 @@ def launch(folder: Path, launcher: str, ranks: int, *words: str) -> subprocess.C
 
 
 @contextmanager
-def no_memory_left() -> Iterator[None]:
+def no_memory_left(port: int) -> Iterator[None]:
     """Fails when what ranks share outlives them: it would stay until the machine is started again."""
-    before = {*SHARED_MEMORY.glob(DEEPSPEEDS)}
     yield
-    assert not {*SHARED_MEMORY.glob(DEEPSPEEDS)} - before, "shared memory is left"
+    assert not [*SHARED_MEMORY.glob(f"deepspeed_*_{port}_*")], "shared memory is left"
 
 
-def start_ranks(forker: Forker, world: int, folder: Path, *program: object) -> list[Forked]:
+def start_ranks(forker: Forker, world: int, folder: Path, *program: object, port: int | None = None) -> list[Forked]:
     """Ranks as `deepspeed` starts them (LOCAL_SIZE has them add up in shared memory), without the seconds of their imports."""
-    place = {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
     started = []
     for rank in range(world):
         said = [folder / f"rank{rank}.{end}" for end in ("out", "err")]
@@ -81,8 +80,9 @@ def end_of(ranks: list[Forked], folder: Path) -> subprocess.CompletedProcess[str
 
 def run_ranks(forker: Forker, world: int, file: Path, *words: object) -> subprocess.CompletedProcess[str]:
     """The door with a run's file, to its end."""
-    with no_memory_left():
-        return end_of(start_ranks(forker, world, file.parent, DOOR, file, *words), file.parent)
+    port = free_port()
+    with no_memory_left(port):
+        return end_of(start_ranks(forker, world, file.parent, DOOR, file, *words, port=port), file.parent)
 
 
 def marked(mark: str) -> dict[str, str]:
@@ -217,7 +217,7 @@ def test_ranks_save_and_end_when_the_deepspeed_command_is_killed(small_corpus: P
     log = tmp_path / "log"
     with log.open("w") as out:
         running = subprocess.Popen(
-            command("deepspeed", 2, str(file), "--quiet"), cwd=tmp_path, env=marked(str(tmp_path)), stdout=out, stderr=out
+            command("deepspeed", 2, free_port(), str(file), "--quiet"), cwd=tmp_path, env=marked(str(tmp_path)), stdout=out, stderr=out
         )
     while running.poll() is None and not (tmp_path / "run/readings.jsonl").exists():
         time.sleep(0.1)
