@@ -57,7 +57,8 @@ def no_memory_left(port: int) -> Iterator[None]:
 
 def start_ranks(forker: Forker, world: int, folder: Path, *program: object, port: int | None = None) -> list[Forked]:
     """Ranks as `deepspeed` starts them (LOCAL_SIZE has them add up in shared memory), without the seconds of their imports."""
-    place = {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
+    place |= {"WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
     started = []
     for rank in range(world):
         said = [folder / f"rank{rank}.{end}" for end in ("out", "err")]
@@ -214,11 +215,9 @@ def test_two_ranks_stop_on_a_signal_and_go_on(zero: str, small_corpus: Path, tmp
 def test_ranks_save_and_end_when_the_deepspeed_command_is_killed(small_corpus: Path, tmp_path: Path) -> None:
     """It passes no SIGTERM on, and dies at once of a SIGKILL: its ranks must not train on unseen."""
     file = write_run(small_corpus, tmp_path, "run", stages__pretrain=None, stages__finetune__steps=4000)
-    log = tmp_path / "log"
+    log, words = tmp_path / "log", command("deepspeed", 2, free_port(), str(file), "--quiet")
     with log.open("w") as out:
-        running = subprocess.Popen(
-            command("deepspeed", 2, free_port(), str(file), "--quiet"), cwd=tmp_path, env=marked(str(tmp_path)), stdout=out, stderr=out
-        )
+        running = subprocess.Popen(words, cwd=tmp_path, env=marked(str(tmp_path)), stdout=out, stderr=out)
     while running.poll() is None and not (tmp_path / "run/readings.jsonl").exists():
         time.sleep(0.1)
     running.terminate()
